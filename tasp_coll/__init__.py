@@ -1,0 +1,77 @@
+"""tasp-coll: collectives on every link you paid for.
+
+    import tasp_coll
+    out = tasp_coll.decomposed_allgather(array)      # under mpirun; rank-major along axis 0
+
+The decomposed AllGather splits the topology into link-disjoint Hamiltonian rings and runs them at the same time.
+Importing this module loads neither mpi4py, CuPy, torch nor JAX.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ArgumentError": "errors",
+    "ArgumentTypeError": "errors",
+    "CollectiveError": "errors",
+    "Communicator": "communicator",
+    "Link": "topology",
+    "MismatchError": "errors",
+    "PeerTimeoutError": "errors",
+    "Ring": "decomposition",
+    "Schedule": "schedule",
+    "ScheduleError": "errors",
+    "Topology": "topology",
+    "TopologyError": "errors",
+    "Transfer": "schedule",
+    "all_to_all": "communicator",
+    "allgather_steps": "communicator",
+    "decompose": "decomposition",
+    "decomposed_allgather": "communicator",
+    "decomposed_allgatherv": "communicator",
+    "decomposed_allreduce": "communicator",
+    "decomposed_reduce_scatter": "communicator",
+    "plan": "schedule",
+    "reduce_scatter_steps": "communicator",
+    "ring_neighbours": "decomposition",
+}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from tasp_coll.communicator import (
+        Communicator,
+        all_to_all,
+        allgather_steps,
+        decomposed_allgather,
+        decomposed_allgatherv,
+        decomposed_allreduce,
+        decomposed_reduce_scatter,
+        reduce_scatter_steps,
+    )
+    from tasp_coll.decomposition import Ring, decompose, ring_neighbours
+    from tasp_coll.errors import (
+        ArgumentError,
+        ArgumentTypeError,
+        CollectiveError,
+        MismatchError,
+        PeerTimeoutError,
+        ScheduleError,
+        TopologyError,
+    )
+    from tasp_coll.schedule import Schedule, Transfer, plan
+    from tasp_coll.topology import Link, Topology
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,164 @@
+"""Rounds: every call begins with one small message from each rank to each other.
+
+It carries a signature of the call and, if the payload is small, the payload itself. Ranks whose signatures are equal
+may move data; if they are not, a second round brings what each rank passed, and all raise the same error. Since any
+call of any rank sends exactly this message, ranks that have drifted apart, or that have a bad argument of their own,
+are found out without a message ever meeting the wrong receive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tasp_coll.errors import MismatchError
+from tasp_coll.transport import Batch, Op, Transport
+
+HEADER_BYTES = 64  # one cache line, so that payloads are aligned
+NOT_INLINE = -1
+CONTROL_LANE = 0  # lane 0 of slot 0; data lanes begin at 1
+_LAYOUT = struct.Struct("<16sqqqq")
+_PREPARED = 32
+
+
+class Header(NamedTuple):
+    """What a rank says of its call; -1 where there is nothing to say."""
+
+    signature: bytes
+    payload: int = NOT_INLINE  # bytes that follow
+    rows: int = -1  # of its shard, where ranks may differ
+    room: int = -1  # rows of the `recv` that it was given
+    place: int = -1  # row of `recv` at which its `send` lies
+
+
+class Rounds:
+    """Exchange of headers and small payloads between all ranks of a transport."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport, self.rank, self.size = transport, transport.rank, transport.size
+        # Ranks share nothing but their number, so that all get the same room; it shrinks where many add up.
+        self.capacity = max(1024, min(8192, (4 << 20) // self.size // 64 * 64))
+        self.stride = HEADER_BYTES + self.capacity
+        self._memory = np.zeros((self.size, self.stride), np.uint8)
+        self._base = self._memory.ctypes.data
+        self._own = self._base + self.rank * self.stride
+        self._signatures = self._memory[:, :16]
+        self._prepared: OrderedDict[int, Batch] = OrderedDict()
+        self._batch: Batch | None = None
+
+    def post(self, header: Header, address: int) -> None:
+        """Send this rank's header and `header.payload` bytes from `address` to all, and expect theirs."""
+        _LAYOUT.pack_into(self._memory[self.rank].data, 0, *header)
+        payload = max(header.payload, 0)
+        ctypes.memmove(self._own + HEADER_BYTES, address, payload)
+        self._batch = self._batch_for(payload)
+        self._batch.start_all()
+
+    def poll(self) -> bool:
+        """Whether the round is complete."""
+        assert self._batch is not None
+        return self._batch.test_all()
+
+    def pending(self) -> set[int]:
+        """Peers whose message has not come, or has not left."""
+        assert self._batch is not None
+        return {self._peers[index % len(self._peers)] for index in self._batch.pending()}
+
+    def same(self, signature: bytes) -> bool:
+        """Whether every rank sent this signature."""
+        return self._signatures.tobytes() == signature * self.size
+
+    def header(self, rank: int) -> Header:
+        """What `rank` sent."""
+        return Header(*_LAYOUT.unpack_from(self._memory[rank].data))
+
+    def headers(self) -> list[Header]:
+        """What each rank sent."""
+        return [self.header(rank) for rank in range(self.size)]
+
+    def payload(self, rank: int) -> int:
+        """Address of the payload that `rank` sent, valid until the next round."""
+        return self._base + rank * self.stride + HEADER_BYTES
+
+    def text(self, rank: int) -> str:
+        """The payload that `rank` sent, as text."""
+        return ctypes.string_at(self.payload(rank), self.header(rank).payload).decode("utf-8", "replace")
+
+    @property
+    def _peers(self) -> Sequence[int]:
+        return [peer for peer in range(self.size) if peer != self.rank]
+
+    def _batch_for(self, payload: int) -> Batch:
+        batch = self._prepared.get(payload)
+        if batch is None:
+            slot = self.stride
+            receives = [Op(False, peer, CONTROL_LANE, self._base + peer * slot, slot) for peer in self._peers]
+            sends = [Op(True, peer, CONTROL_LANE, self._own, HEADER_BYTES + payload) for peer in self._peers]
+            batch = self._prepared[payload] = self._transport.prepare(receives + sends)
+            if len(self._prepared) > _PREPARED:
+                self._prepared.popitem(last=False)[1].free()
+        else:
+            self._prepared.move_to_end(payload)
+        return batch
+
+
+def encode(description: Mapping[str, object], limit: int) -> bytes:
+    """A call's description as a message of at most `limit` bytes."""
+    text = json.dumps(description, default=str)
+    if len(text.encode()) > limit:
+        longest = max(description, key=lambda key: len(str(description[key])))
+        over = len(text.encode()) - limit + 8
+        text = json.dumps({**description, longest: str(description[longest])[: -over or None] + "..."}, default=str)
+    return text.encode()[:limit]
+
+
+def disagreement(texts: Sequence[str]) -> MismatchError:
+    """The error for ranks that passed different things; it names the odd ones and what each of them passed."""
+    passed = [_decode(text) for text in texts]
+    failed = [rank for rank, said in enumerate(passed) if "error" in said]
+    if failed:
+        told = "; ".join(f"rank {rank}: {passed[rank]['error']}" for rank in failed)
+        return MismatchError(f"{_calls(passed)}: {_ranks(failed)} could not take part: {told}", failed)
+    groups: dict[str, list[int]] = {}
+    for rank, said in enumerate(passed):
+        groups.setdefault(json.dumps(said, sort_keys=True), []).append(rank)
+    ordered = sorted(groups.values(), key=lambda ranks: (-len(ranks), ranks))
+    majority = ordered[0] if len(ordered) == 1 or len(ordered[0]) > len(ordered[1]) else []
+    odd = sorted(rank for rank in range(len(texts)) if rank not in majority)
+    differing = [key for key in _keys(passed) if len({json.dumps(said.get(key)) for said in passed}) > 1]
+    told = "; ".join(f"{_ranks(ranks)} passed {_said(passed[ranks[0]], differing)}" for ranks in reversed(ordered))
+    return MismatchError(f"{_calls(passed)}: ranks disagree on {', '.join(differing) or 'the call'}: {told}", odd)
+
+
+def _decode(text: str) -> dict[str, object]:
+    try:
+        said = json.loads(text)
+    except ValueError:  # cut off to fit
+        return {"call": text}
+    return said if isinstance(said, dict) else {"call": text}
+
+
+def _keys(passed: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    yield from dict.fromkeys(key for said in passed for key in said)
+
+
+def _calls(passed: Sequence[Mapping[str, object]]) -> str:
+    return " / ".join(dict.fromkeys(str(said.get("call")) for said in passed))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _said(said: Mapping[str, object], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {_plain(said[key])}" for key in keys if key in said) or "nothing of the kind"
+
+
+def _plain(value: object) -> str:
+    return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)

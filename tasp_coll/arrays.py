@@ -1,0 +1,168 @@
+"""What the caller handed in -> pointer and bytes, and results of the caller's own kind.
+
+    buffer = describe(send, "send")             # no copy
+    out = new(buffer, (4 * n, *rest))           # memory for a result
+    ...                                         # bytes move into out.address
+    return result(out)                          # NumPy array, torch tensor, jax.Array, bytearray ...
+
+Only frameworks that are already loaded are touched. Everything here is host memory.
+"""
+
+from __future__ import annotations
+
+import array as stdarray
+import sys
+from typing import Any
+
+import numpy as np
+
+from .frameworks import (
+    Buffer,
+    Dlpack,
+    Flat,
+    Held,
+    HeldKind,
+    Jax,
+    Kind,
+    NDArray,
+    Plain,
+    Torch,
+    buffer_of,
+    type_error,
+)
+
+__all__ = ["Buffer", "describe", "new", "overlap", "packed", "result", "view"]
+
+_TORCH = Torch()
+_JAX = Jax()
+_FLAT = Flat()
+_FLAT_TYPES: dict[str, type[Any]] = {"array": stdarray.array, "bytearray": bytearray, "bytes": bytes}
+_EXPORTER = HeldKind()
+_KINDS: dict[str, Kind] = {
+    "numpy": Plain(),
+    "torch": _TORCH,
+    "jax": _JAX,
+    "dlpack": Dlpack(),
+    **dict.fromkeys(_FLAT_TYPES, _FLAT),
+    **dict.fromkeys(("memoryview", "buffer", "interface"), _EXPORTER),
+}
+_KDLCPU = 1  # DLPack's device type of ordinary host memory
+
+
+def describe(array: Any, name: str) -> Buffer:
+    """Where the memory of `array` is and what is in it, without a copy (except that a NumPy scalar becomes an
+    array, and a lazily conjugated or negated torch tensor is resolved; both are then read-only).
+
+    NumPy arrays, dense torch tensors and jax.Arrays in host memory, and anything with DLPack,
+    `__array_interface__` or the buffer protocol; any shape, any strides, any dtype whose elements are plain
+    bytes. `name` is the argument's name. ArgumentTypeError says what to pass instead of anything else.
+    """
+    if type(array) is np.ndarray:
+        return buffer_of(array, array, "numpy", name)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
+        return _TORCH.describe(array, name)
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(array, getattr(jax, "Array", ())):
+        return _JAX.describe(array, name)
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.ma.MaskedArray):
+            rule = f"must not be masked, the mask would be lost: pass {name}.filled() or {name}.data"
+            raise type_error(name, array, rule)
+        host = np.asarray(array)
+        return buffer_of(host, host, "numpy", name)
+    return _describe_exporter(array, name)
+
+
+def packed(buffer: Buffer) -> Buffer:
+    """The same elements in C order: `buffer` itself if it is contiguous, else a fresh, writable copy."""
+    return buffer if buffer.contiguous else _KINDS[buffer.kind].packed(buffer)
+
+
+def new(like: Buffer, shape: tuple[int, ...]) -> Buffer:
+    """Fresh C-contiguous memory, contents undefined, for a result of `like`'s kind and dtype."""
+    return _KINDS[like.kind].new(like, shape)
+
+
+def result(buffer: Buffer) -> Any:
+    """The caller's object for a Buffer made by `new`, without a copy. Write nothing to the memory afterwards:
+    JAX's arrays are immutable.
+
+    Kinds that cannot be made (memoryview, ctypes, mmap, `__array_interface__`) become NumPy arrays, bytes a
+    bytearray; array.array and bytearray have one dimension whatever the shape.
+    """
+    return _KINDS[buffer.kind].result(buffer)
+
+
+def view(
+    like: Buffer, memory: NDArray, offset: int, shape: tuple[int, ...], *, readonly: bool = False
+) -> Any:
+    """An array of `like`'s kind and dtype over `memory` (1-d, uint8) from byte `offset` on, without a copy.
+
+    It is a copy after all for JAX, whose arrays are immutable and read asynchronously, and for a read-only
+    view in torch or through DLPack, which have none. For exporters of the buffer protocol it is NumPy's.
+    """
+    return _KINDS[like.kind].view(like, memory, offset, shape, readonly)
+
+
+def overlap(a: Buffer, b: Buffer) -> bool:
+    """Whether the byte ranges from first to last element intersect; strided arrays that interleave do too."""
+    if not a.nbytes or not b.nbytes:
+        return False
+    (a_start, a_stop), (b_start, b_stop) = _span(a), _span(b)
+    return a_start < b_stop and b_start < a_stop
+
+
+def _span(buffer: Buffer) -> tuple[int, int]:
+    if buffer.contiguous:
+        return buffer.address, buffer.address + buffer.nbytes
+    strides = _KINDS[buffer.kind].strides(buffer)
+    reach = [step * (count - 1) for step, count in zip(strides, buffer.shape, strict=True)]
+    start = buffer.address + sum(step for step in reach if step < 0)
+    return start, buffer.address + sum(step for step in reach if step > 0) + buffer.itemsize
+
+
+def _describe_exporter(array: Any, name: str) -> Buffer:
+    """Objects known by what they export; a protocol that tells the caller's own kind of array goes first."""
+    if isinstance(array, np.generic):  # first: numpy.bytes_ is bytes too
+        host = np.asarray(array)
+        host.flags.writeable = False  # a copy: nothing written to it would reach the caller
+        return buffer_of(host, host, "numpy", name)
+    for kind, type_ in _FLAT_TYPES.items():
+        if isinstance(array, type_):
+            return _describe_memory(array, kind, name)
+    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        return _describe_dlpack(array, name)
+    if hasattr(array, "__cuda_array_interface__"):
+        raise type_error(name, array, "must be in host memory, not on a GPU: pass a copy on the host")
+    if hasattr(array, "__array_interface__"):
+        host = np.asarray(array)
+        return buffer_of(host, Held(host, array), "interface", name)
+    return _describe_memory(array, "memoryview" if isinstance(array, memoryview) else "buffer", name)
+
+
+def _describe_dlpack(array: Any, name: str) -> Buffer:
+    device, number = array.__dlpack_device__()
+    if int(device) != _KDLCPU:
+        rule = f"must be in host memory, not on DLPack device {int(device), number}: pass a copy on the host"
+        raise type_error(name, array, rule)
+    try:
+        host = np.from_dlpack(array)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        rule = f"must have a dtype that NumPy takes through DLPack: pass its bits as integers ({error})"
+        raise type_error(name, array, rule) from error
+    return buffer_of(host, Held(host, array), "dlpack", name)
+
+
+def _describe_memory(array: Any, kind: str, name: str) -> Buffer:
+    try:
+        exported = memoryview(array)
+    except TypeError as error:
+        protocols = "NumPy, torch, JAX, DLPack, __array_interface__ or the buffer protocol"
+        rule = f"must be an array ({protocols}): pass numpy.asarray({name})"
+        raise type_error(name, array, rule) from error
+    try:
+        host = np.asarray(exported)
+    except ValueError as error:
+        raise type_error(name, array, f"must hold elements of a type that NumPy knows ({error})") from error
+    return buffer_of(host, Held(host, array), kind, name)

@@ -1,0 +1,167 @@
+"""Start-up: from a group of ranks to a transport, and the first agreement between the ranks.
+
+The only module besides the transports that touches mpi4py, and it does so when a communicator is made, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tasp_coll.agreement import Header, Rounds, disagreement
+from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
+from tasp_coll.topology import Topology
+from tasp_coll.transport import Transport
+from tasp_coll.transport.loopback import LoopbackTransport
+
+DEFAULT_TIMEOUT = 600.0
+_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
+
+
+def connect(group: Any, lanes: int, timeout: float) -> Transport:
+    """The transport between the ranks of `group`: None (all of MPI), an mpi4py communicator, or a loopback rank.
+
+    lanes: message streams needed between two ranks, times the number of ranks.
+    """
+    if isinstance(group, LoopbackTransport):
+        return group
+    if group is not None and not type(group).__module__.startswith("mpi4py"):
+        raise ArgumentTypeError(
+            "group must be None, an mpi4py.MPI.Intracomm or a loopback transport, got "
+            f"{type(group).__module__}.{type(group).__qualname__}"
+        )
+    MPI = _mpi()
+    from tasp_coll.transport.mpi import MpiTransport
+
+    comm = MPI.COMM_WORLD if group is None else group
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise ArgumentTypeError(f"group must be an intracommunicator that this rank is in, got {comm!r}")
+    return MpiTransport(_duplicate(comm, timeout), (max(comm.size, 10) + 1) * lanes)
+
+
+def _mpi() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise CollectiveError(
+            f"mpi4py cannot load an MPI library ({error}): install one, for example pip install 'tasp-coll[mpich]'"
+        ) from error
+    return MPI
+
+
+def _duplicate(comm: Any, timeout: float) -> Any:
+    """A communicator of our own, so that our messages never meet the caller's. Collective, with the timeout."""
+    fresh, request = comm.Idup()
+    begun, polls = time.monotonic(), 0
+    while not request.Test():
+        polls += 1
+        if polls > 2:
+            os.sched_yield()
+        if polls % 64 == 0 and time.monotonic() - begun > timeout:
+            others = [rank for rank in range(comm.size) if rank != comm.rank]
+            raise PeerTimeoutError(
+                f"Communicator: not all of ranks {others} made theirs within {timeout:.3g} s",
+                peers=others,
+                call="Communicator",
+            )
+    return fresh
+
+
+def launched_ranks() -> int | None:
+    """How many ranks the launcher says that it started, where it says so."""
+    found = [os.environ[name] for name in _WORLD_SIZES if os.environ.get(name, "").isdigit()]
+    return int(found[0]) if found else None
+
+
+def timeout_seconds(value: float | None) -> float:
+    """The timeout that a caller means: None is TASP_COLL_TIMEOUT, else 600 s."""
+    named = os.environ.get("TASP_COLL_TIMEOUT")
+    source, text = ("timeout", value) if value is not None else ("environment variable TASP_COLL_TIMEOUT", named)
+    if text is None or text == "":
+        return DEFAULT_TIMEOUT
+    try:
+        seconds = float(text)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not seconds > 0 or isinstance(value, bool):
+        raise ArgumentError(f"{source} must be a number of seconds > 0, got {text!r}")
+    return seconds
+
+
+@dataclass
+class Join:
+    """The operation that makes a communicator: same topology, same version, and where everybody is."""
+
+    rounds: Rounds
+    topology: Topology | None
+    given: bool
+    error: CollectiveError | None
+    name: str = "Communicator"
+
+    def run(self) -> Generator[bool, None, tuple[str, ...]]:
+        """The host names, by rank."""
+        from tasp_coll import __version__
+
+        said: dict[str, object] = {"call": self.name}
+        if self.error is not None or self.topology is None:
+            said["error"] = f"{type(self.error).__name__}: {self.error}"[:400]
+        else:
+            said["topology"] = f"{self.topology.name[:80]} ({self.topology.fingerprint})"
+            said["given"] = self.given
+        said["version"] = __version__
+        host = socket.gethostname()[:80]
+        texts = yield from exchange_texts(self.rounds, json.dumps({**said, "host": host}))
+        all_said = [json.loads(text) for text in texts]
+        hosts = tuple(told.pop("host") for told in all_said)
+        if any(told != all_said[0] for told in all_said) or "error" in said:
+            if self.error is not None and all("error" in told for told in all_said):
+                raise self.error
+            raise disagreement([json.dumps(told) for told in all_said]) from self.error
+        return hosts
+
+    def pending(self) -> tuple[set[int], int | None]:
+        """Who is waited for."""
+        return self.rounds.pending(), None
+
+
+def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]]:
+    """Every rank's text, each short enough for one round."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    if len(raw) > rounds.capacity:
+        raise CollectiveError(f"a text of {len(raw)} bytes is too long for a round of {rounds.capacity}")
+    rounds.post(Header(b"text".ljust(16), len(raw)), raw.ctypes.data)
+    while not rounds.poll():
+        yield False
+    return [rounds.text(rank) for rank in range(rounds.size)]
+
+
+@dataclass
+class Spread:
+    """The operation that gives every rank rank 0's text, of any length."""
+
+    rounds: Rounds
+    text: str
+    name: str = "Communicator"
+
+    def run(self) -> Generator[bool, None, str]:
+        """Rank 0's text."""
+        room, gathered, more = self.rounds.capacity // 6 - 16, "", True
+        while more:
+            at = len(gathered)
+            piece = json.dumps([self.text[at : at + room], at + room < len(self.text)])
+            texts = yield from exchange_texts(self.rounds, piece if self.rounds.rank == 0 else "")
+            part, more = json.loads(texts[0])
+            gathered += part
+        return gathered
+
+    def pending(self) -> tuple[set[int], int | None]:
+        """Who is waited for."""
+        return self.rounds.pending(), None
+

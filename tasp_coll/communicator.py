@@ -1,0 +1,336 @@
+"""The communicator: what users call.
+
+    with tasp_coll.Communicator() as comm:               # all ranks of mpirun
+        out = comm.decomposed_allgather(send)            # (n * d0, *rest)
+        work = comm.decomposed_allreduce(x, async_op=True)
+        ...
+        total = work.wait()
+
+All ranks make the same calls in the same order. Every call begins with an agreement: arguments that differ between
+ranks raise MismatchError on all of them and leave the communicator usable; a peer that does not answer within the
+timeout raises PeerTimeoutError, after which the communicator refuses further use.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from tasp_coll import bootstrap, tuning
+from tasp_coll.agreement import Rounds
+from tasp_coll.core import SLOTS, Core
+from tasp_coll.engine import Engine, Work
+from tasp_coll.errors import ArgumentError, CollectiveError
+from tasp_coll.operations import AllGather, AllGatherV, AllReduce, AllToAll, Collective, Options, ReduceScatter
+from tasp_coll.schedule import Schedule
+from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce
+from tasp_coll.topology import ENVIRONMENT, Topology
+from tasp_coll.transport import Transport
+
+_live: weakref.WeakSet[Communicator] = weakref.WeakSet()
+_world: Communicator | None = None
+
+
+class Communicator:
+    """A group of ranks and the plans for its topology. Making one is collective, and so is every method.
+
+    group: None (all ranks of MPI), an mpi4py.MPI.Intracomm (duplicated, so that messages never meet), or one rank of
+        `tasp_coll.transport.loopback.LoopbackWorld`.
+    topology: a Topology, a preset's spec or a file's path; None: what TASP_COLL_TOPOLOGY names, else a full mesh of
+        equal links.
+    timeout: seconds without progress after which a wait ends; None: TASP_COLL_TIMEOUT, else 600.
+    stream: for device arrays, which this version does not carry; must be None.
+    self_heal: re-planning around dead links, which this version does not do; must be False.
+
+    Raises MismatchError on every rank if ranks were given different topologies or one could not read its own.
+    A communicator may be used from several threads; its calls are carried out one after another.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        topology: Topology | str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+        stream: Any = None,
+        self_heal: bool = False,
+    ) -> None:
+        seconds, error = bootstrap.DEFAULT_TIMEOUT, None
+        try:
+            seconds = bootstrap.timeout_seconds(timeout)
+        except ArgumentError as bad:
+            error = bad
+        transport = bootstrap.connect(group, SLOTS, seconds)
+        if stream is not None:
+            error = error or ArgumentError(f"stream must be None for arrays in host memory, got {stream!r}")
+        if self_heal:
+            error = error or ArgumentError(f"self_heal must be False in this version, got {self_heal!r}")
+        self._core = _join(transport, topology, seconds, error)
+        _register(self)
+
+    @property
+    def rank(self) -> int:
+        """This rank's number, 0 to size - 1."""
+        return self._core.rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._core.size
+
+    @property
+    def topology(self) -> Topology:
+        """The topology that plans are made for."""
+        return self._core.topology
+
+    @property
+    def transport(self) -> str:
+        """Name of what carries the bytes: "mpi" or "loopback"."""
+        return self._core.transport.name
+
+    def __repr__(self) -> str:
+        return f"<Communicator rank {self.rank} of {self.size}, {self.topology.name}, {self.transport}>"
+
+    # --- collectives
+
+    def decomposed_allgather(
+        self,
+        send: Any,
+        recv: Any = None,
+        *,
+        algorithm: str | Schedule = "auto",
+        rings: int | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """Every rank's array on every rank: (d0, *rest) each -> (n * d0, *rest), rank-major; 0-d arrays give (n,).
+
+        send: NumPy, torch (CPU), JAX (CPU) or anything with DLPack, `__array_interface__` or the buffer protocol;
+            any dtype; the same shape and dtype on all ranks. Never changed; packed once if it is not contiguous.
+        recv: None (the result is made, of send's kind), or memory for it: writable, contiguous, of send's dtype and
+            the result's shape, apart from send, or with send as exactly its own slice of rows (in place).
+        algorithm: "rings" (all link-disjoint rings; `rings=k`: k of them), "ring", "direct" (everyone sends to
+            everyone), "native" (the MPI library's own), a `Schedule` of your own, or "auto", which takes the fastest
+            by rule or by the table that `tune` measured, the same on all ranks.
+        async_op: return at once with a `Work`, whose `wait()` gives the result and whose `test()` says if it is there;
+            data moves in the background. Touch neither array until then.
+
+        Returns the result (recv itself, if given). Raises ArgumentError if all ranks' arguments are bad,
+        MismatchError on all ranks if they differ or some are bad, PeerTimeoutError if ranks do not answer.
+        """
+        return self._call(AllGather, send, recv, Options(algorithm, rings), async_op)
+
+    def decomposed_allgatherv(
+        self,
+        send: Any,
+        recv: Any = None,
+        *,
+        algorithm: str | Schedule = "auto",
+        rings: int | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """`decomposed_allgather` of arrays whose axis 0 may differ by rank, and may be 0: -> (sum of d0, *rest)."""
+        return self._call(AllGatherV, send, recv, Options(algorithm, rings), async_op)
+
+    def decomposed_reduce_scatter(
+        self,
+        send: Any,
+        recv: Any = None,
+        *,
+        op: str = "sum",
+        counts: Sequence[int] | None = None,
+        algorithm: str | Schedule = "auto",
+        rings: int | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """This rank's part of the sum over all ranks' arrays: (d0, *rest) -> (its rows, *rest).
+
+        counts: rows of each rank's part, adding up to d0; None: d0 / n each. op: "sum", "prod", "min", "max" or "avg".
+        bfloat16 and float16 are accumulated in float32, also on the wire of rings. Results do not change from run to
+        run. recv may be exactly this rank's part of send. Else as `decomposed_allgather`.
+        """
+        parts = None if counts is None else tuple(int(rows) for rows in counts)
+        return self._call(ReduceScatter, send, recv, Options(algorithm, rings, op, parts), async_op)
+
+    def decomposed_allreduce(
+        self,
+        send: Any,
+        recv: Any = None,
+        *,
+        op: str = "sum",
+        algorithm: str | Schedule = "auto",
+        rings: int | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """The sum over all ranks' arrays on every rank, bit for bit the same on all: any shape -> the same shape.
+
+        recv may be send. Else as `decomposed_reduce_scatter`.
+        """
+        return self._call(AllReduce, send, recv, Options(algorithm, rings, op), async_op)
+
+    def all_to_all(self, send: Any, recv: Any = None, *, async_op: bool = False) -> Any:
+        """Block d of axis 0 goes to rank d: (n * b, *rest) -> (n * b, *rest), blocks in the order of their ranks.
+
+        A direct exchange. recv must not overlap send. Else as `decomposed_allgather`.
+        """
+        return self._call(AllToAll, send, recv, Options("direct"), async_op)
+
+    # --- step by step
+
+    def allgather_steps(
+        self, send: Any, *, algorithm: str = "auto", rings: int | None = None, reverse: bool = False
+    ) -> GatherStream:
+        """AllGather one step at a time: while you work on a step, the next one travels.
+
+            for arrival in comm.allgather_steps(kv):
+                for chunk in arrival.chunks:          # chunk.source, .ring, .start, .stop
+                    work(chunk.data)                  # rows start..stop of source's shard, valid until the next step
+
+        Step 0 brings this rank's own chunks, then n-1 steps the others'; reverse: in the opposite direction round
+        each ring. Shards are cut by whole rows; axis 0 may differ by rank; empty chunks are left out. Read `data`
+        only. Leaving the loop early ends it properly; `close()` does the same. Up to 7 streams may be open at once,
+        opened in the same order on all ranks. Memory: two steps' chunks.
+        """
+        options = Options(algorithm, rings, extra="reverse" if reverse else "")
+        return open_gather(self._core, send, options)
+
+    def reduce_scatter_steps(self, recv: Any, *, algorithm: str = "auto", rings: int | None = None) -> ReduceStream:
+        """The mirror image: each step asks for this rank's contribution to other ranks' sums, own chunks last.
+
+            for request in comm.reduce_scatter_steps(grad):
+                for chunk in request.chunks:
+                    chunk.data[...] = contribution(chunk.source, chunk.start, chunk.stop)
+
+        Step t asks for the chunks that `allgather_steps(reverse=True)` brings at step t+1. What is filled is added
+        to what the ranks before gathered and travels on while the next is filled; recv, this rank's shard (its axis 0
+        may differ by rank), holds the sums after the loop. Fill all of `data`; what it holds before is undefined.
+        """
+        return open_reduce(self._core, recv, Options(algorithm, rings))
+
+    # --- upkeep
+
+    def tune(self, sizes: Sequence[int] | None = None, *, repeats: int = 9) -> dict[str, list[tuple[int, str]]]:
+        """Measure which algorithm is fastest here for each collective and size; `auto` then goes by that.
+
+        sizes: bytes of a shard, default 1 KiB to 4 MiB in factors of 8. The table is kept under the user's cache
+        directory (TASP_COLL_CACHE overrides) and read by later communicators on the same topology and hosts.
+        Returns, per collective, (size, algorithm) pairs.
+        """
+        from tasp_coll.measure import measure
+
+        chooser = measure(self, sizes, repeats)
+        path = tuning.cache_file(self._core.situation, self.transport)
+        _spread(self._core, chooser)
+        if self.rank == 0:
+            tuning.write(path, chooser)
+        found: dict[str, list[tuple[int, str]]] = {}
+        for collective, size, choice in self._core.chooser.table:
+            found.setdefault(collective, []).append((size, choice.algorithm))
+        return found
+
+    def close(self) -> None:
+        """Finish what is under way and free plans, staging memory and requests. Again: does nothing."""
+        self._core.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call(self, kind: type[Collective], send: Any, recv: Any, options: Options, async_op: bool) -> Any:
+        operation = kind(self._core, send, recv, options)
+        engine = self._core.engine
+        return engine.submit(operation) if async_op else engine.run(operation)
+
+
+def _join(transport: Transport, topology: Any, timeout: float, error: CollectiveError | None) -> Core:
+    """The first agreement, and rank 0's tuned table for all."""
+    given = topology is not None or bool(os.environ.get(ENVIRONMENT))
+    found: Topology | None = None
+    try:
+        found = Topology.resolve(topology, transport.size)
+    except CollectiveError as bad:
+        error = error or bad
+    rounds = Rounds(transport)
+    engine = Engine(transport, timeout)
+    hosts = engine.run(bootstrap.Join(rounds, found, given, error))
+    assert found is not None
+    native = transport.name == "mpi"
+    situation = tuning.Situation(found, given, len(set(hosts)), native)
+    core = Core(transport, found, situation, rounds, engine)
+    table = tuning.read(tuning.cache_file(situation, transport.name)) if transport.rank == 0 else tuning.Chooser()
+    _spread(core, table)
+    return core
+
+
+def _spread(core: Core, table: tuning.Chooser) -> None:
+    """Rank 0's table becomes everyone's."""
+    core.chooser = tuning.Chooser.load(core.engine.run(bootstrap.Spread(core.rounds, table.dump())))
+
+
+def _register(comm: Communicator) -> None:
+    if not _live:
+        atexit.unregister(_leave)
+        atexit.register(_leave)  # now, so that it runs before the transport's own
+    _live.add(comm)
+
+
+def _leave() -> None:
+    """At exit: free what is idle; what is under way can no longer be waited for."""
+    for comm in list(_live):
+        engine = comm._core.engine
+        if engine.busy and not engine.broken:
+            engine.abandon("the interpreter exited while it was busy")
+        comm.close()
+
+
+def world() -> Communicator:
+    """The communicator of all MPI ranks that the functions use when they are given none."""
+    global _world
+    if _world is None or not _world._core.engine.usable:
+        _world = Communicator()
+    return _world
+
+
+def _of(comm: Communicator | None) -> Communicator:
+    return world() if comm is None else comm
+
+
+def decomposed_allgather(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
+    """`Communicator.decomposed_allgather` on `comm`; None is the world."""
+    return _of(comm).decomposed_allgather(send, recv, **options)
+
+
+def decomposed_allgatherv(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
+    """`Communicator.decomposed_allgatherv` on `comm`; None is the world."""
+    return _of(comm).decomposed_allgatherv(send, recv, **options)
+
+
+def decomposed_reduce_scatter(
+    send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any
+) -> Any:
+    """`Communicator.decomposed_reduce_scatter` on `comm`; None is the world."""
+    return _of(comm).decomposed_reduce_scatter(send, recv, **options)
+
+
+def decomposed_allreduce(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
+    """`Communicator.decomposed_allreduce` on `comm`; None is the world."""
+    return _of(comm).decomposed_allreduce(send, recv, **options)
+
+
+def all_to_all(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
+    """`Communicator.all_to_all` on `comm`; None is the world."""
+    return _of(comm).all_to_all(send, recv, **options)
+
+
+def allgather_steps(send: Any, *, comm: Communicator | None = None, **options: Any) -> GatherStream:
+    """`Communicator.allgather_steps` on `comm`; None is the world."""
+    return _of(comm).allgather_steps(send, **options)
+
+
+def reduce_scatter_steps(recv: Any, *, comm: Communicator | None = None, **options: Any) -> ReduceStream:
+    """`Communicator.reduce_scatter_steps` on `comm`; None is the world."""
+    return _of(comm).reduce_scatter_steps(recv, **options)

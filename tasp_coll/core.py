@@ -1,0 +1,140 @@
+"""What a communicator holds: transport, rounds, engine, and the plans it has made, each bounded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from tasp_coll.agreement import Rounds
+from tasp_coll.engine import Engine
+from tasp_coll.executor import Exchange, Program
+from tasp_coll.schedule import Schedule, plan
+from tasp_coll.topology import Topology
+from tasp_coll.transport import Transport
+from tasp_coll.tuning import Choice, Chooser, Situation
+
+SLOTS = 8  # lanes are numbered lane * SLOTS + slot: slot 0 for calls, the others for streams of steps
+_PLANS = 64
+_ADDRESSES = 8
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Cache(Generic[K, V]):
+    """The `limit` values used last; `drop` is called with those that leave."""
+
+    def __init__(self, limit: int, drop: Callable[[V], None] = lambda value: None) -> None:
+        self._limit, self._drop = limit, drop
+        self._kept: OrderedDict[K, V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: K) -> V | None:
+        """The value, which is now the last used."""
+        value = self._kept.get(key)
+        if value is not None:
+            self._kept.move_to_end(key)
+        return value
+
+    def put(self, key: K, value: V) -> V:
+        """Keep a value."""
+        self._kept[key] = value
+        if len(self._kept) > self._limit:
+            self._drop(self._kept.popitem(last=False)[1])
+        return value
+
+    def remove(self, key: K) -> None:
+        """Forget a key, if it is there."""
+        if key in self._kept:
+            self._drop(self._kept.pop(key))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        while self._kept:
+            self._drop(self._kept.popitem()[1])
+
+
+class Compiled:
+    """Programs of one plan with their staging memory, and their exchanges for the addresses seen last."""
+
+    def __init__(self, transport: Transport, programs: tuple[Program, ...], slot: int = 0) -> None:
+        self._transport, self.programs, self._slot = transport, programs, slot
+        self.staging = np.empty(max((program.stage_bytes for program in programs), default=0), np.uint8)
+        self._exchanges: Cache[tuple[Hashable, ...], Exchange] = Cache(_ADDRESSES, Exchange.free)
+
+    def exchange(self, index: int, bases: Mapping[str, int]) -> Exchange:
+        """Program `index` bound to where the caller's memory is."""
+        key = (index, *bases.values())
+        found = self._exchanges.get(key)
+        if found is None:
+            places = {**bases, "stage": self.staging.ctypes.data}
+            found = Exchange(self.programs[index], self._transport, places, self._slot, SLOTS)
+            self._exchanges.put(key, found)
+        return found
+
+    def free(self) -> None:
+        """Release requests and memory."""
+        self._exchanges.clear()
+        self.staging = np.empty(0, np.uint8)
+
+
+class Core:
+    """Shared by the operations of one communicator."""
+
+    def __init__(
+        self, transport: Transport, topology: Topology, situation: Situation, rounds: Rounds, engine: Engine
+    ) -> None:
+        self.transport, self.topology, self.situation = transport, topology, situation
+        self.rank, self.size = transport.rank, transport.size
+        self.rounds, self.engine = rounds, engine
+        self.chooser = Chooser()
+        self.calls: Cache[Hashable, object] = Cache(4 * _PLANS)
+        self.compiled: Cache[Hashable, Compiled] = Cache(_PLANS, Compiled.free)
+        self._schedules: Cache[Hashable, Schedule] = Cache(_PLANS)
+        self.planned = 0  # how many schedules were planned and proved, programs compiled
+        self.streams: set[int] = set()
+
+    def schedule(self, collective: str, choice: Choice, reverse: bool = False) -> Schedule:
+        """The proved schedule of a choice."""
+        key = (collective, choice, reverse)
+        found = self._schedules.get(key)
+        if found is None:
+            found = plan(
+                self.topology, collective, choice.algorithm, choice.rings, slices=choice.slices, reverse=reverse
+            )
+            found.verify()
+            self.planned += 1
+            self._schedules.put(key, found)
+        return found
+
+    def proved(self, schedule: Schedule) -> Schedule:
+        """A user's schedule, proved before its first run."""
+        key = ("custom", schedule.fingerprint)
+        if self._schedules.get(key) is None:
+            schedule.verify()
+            self.planned += 1
+            self._schedules.put(key, schedule)
+        return schedule
+
+    def close(self) -> None:
+        """Finish what is under way and free everything; after a failure everything stays as it is."""
+        if self.engine.close() and not self.engine.broken:
+            self.compiled.clear()
+            self.calls.clear()
+            self.transport.close()
+
+
+class Shape(NamedTuple):
+    """Rows along axis 0 and the shape of a row; a 0-d array is one row."""
+
+    rows: int
+    rest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> Shape:
+        """Split an array's shape."""
+        return cls(shape[0], shape[1:]) if shape else cls(1, ())

@@ -1,0 +1,329 @@
+"""Runs a communicator's operations: one after another in the order of the calls, streams of steps beside them.
+
+An operation is a generator that yields whether it made progress. A blocking call drives it from the caller's thread.
+While asynchronous operations or streams are open, a background thread drives them as well, because MPI moves data
+only inside its calls; a caller that waits takes over from it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any, Protocol
+
+from tasp_coll.errors import (
+    ArgumentError,
+    CollectiveError,
+    MismatchError,
+    PeerTimeoutError,
+    ScheduleError,
+    TopologyError,
+)
+from tasp_coll.transport import Transport
+
+_CHECK_POLLS = 64  # idle polls between looks at the clock
+_GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
+_NAP_SECONDS = 5e-5
+# Raised before any data moved, on all ranks alike: the communicator can go on.
+_HARMLESS = (ArgumentError, MismatchError, ScheduleError, TopologyError)
+
+
+class Operation(Protocol):
+    """What the engine runs."""
+
+    name: str
+
+    def run(self) -> Generator[bool, None, Any]:
+        """Yields whether progress was made since the last yield; returns the result."""
+
+    def pending(self) -> tuple[set[int], int | None]:
+        """Peers that are waited for, and the step (None: the agreement before the first)."""
+
+
+class Pollable(Protocol):
+    """A stream's side of the engine."""
+
+    def poll(self) -> bool:
+        """Make progress; whether there was any."""
+
+    def pending(self) -> tuple[set[int], int | None]:
+        """As of an operation."""
+
+
+class Work:
+    """An operation under way. `wait()` gives its result; buffers belong to it until then."""
+
+    def __init__(self, engine: Engine, operation: Operation) -> None:
+        self._engine, self.operation = engine, operation
+        self.generator = operation.run()
+        self.done = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def wait(self) -> Any:
+        """Wait until the collective is complete; the result that a blocking call would return.
+
+        Raises what the blocking call would raise, PeerTimeoutError included, each time it is called.
+        """
+        self._engine.drive(lambda: self.done, self.operation)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def test(self) -> bool:
+        """Make progress; whether the collective is complete, with a result or an error that `wait` will raise."""
+        self._engine.nudge()
+        return self.done
+
+    def advance(self) -> bool:
+        """One poll; for the engine."""
+        try:
+            return next(self.generator)
+        except StopIteration as stop:
+            self._value = stop.value
+        except BaseException as error:
+            self._error = self._engine.judge(error, self.operation)
+        self.done = True
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error; for the engine."""
+        self._error, self.done = error, True
+
+
+class Engine:
+    """One communicator's operations, over one transport."""
+
+    def __init__(self, transport: Transport, timeout: float) -> None:
+        self._transport, self.timeout = transport, timeout
+        self.lock = threading.RLock()  # held by whoever drives
+        self._wake = threading.Condition()
+        self._queue: deque[Work] = deque()
+        self._streams: dict[Pollable, Operation] = {}
+        self._waiters = 0
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.broken: str | None = None
+
+    def run(self, operation: Operation) -> Any:
+        """Run to the end, after everything submitted earlier; the result."""
+        with self.lock:
+            self.check()
+            if self._queue or self._streams:
+                return self.submit(operation).wait()
+            generator = operation.run()
+            watch = _Watch(self, operation)
+            try:
+                while True:
+                    if next(generator):
+                        watch.idle = 0
+                    else:
+                        watch.wait()
+            except StopIteration as stop:
+                return stop.value
+            except BaseException as error:
+                raise self.judge(error, operation) from error.__cause__
+
+    def submit(self, operation: Operation) -> Work:
+        """Queue an operation; it goes on in the background where the transport allows."""
+        self.check()
+        work = Work(self, operation)
+        with self.lock:
+            self._queue.append(work)
+            self._advance()
+        self._awake()
+        return work
+
+    def attach(self, stream: Pollable, operation: Operation) -> None:
+        """Drive a stream beside the operations until it is detached."""
+        with self.lock:
+            self._streams[stream] = operation
+        self._awake()
+
+    def detach(self, stream: Pollable) -> None:
+        """No longer drive a stream."""
+        with self.lock:
+            self._streams.pop(stream, None)
+
+    def drive(self, until: Callable[[], bool], operation: Operation) -> None:
+        """Make progress until `until()`, with the timeout; for callers that wait."""
+        with self._wake:
+            self._waiters += 1
+        try:
+            with self.lock:
+                watch = _Watch(self, operation)
+                while not until():
+                    if self.broken:
+                        raise CollectiveError(self.broken)
+                    if self._advance():
+                        watch.idle = 0
+                    else:
+                        watch.wait()
+        except BaseException as error:
+            self.judge(error, operation)
+            raise
+        finally:
+            with self._wake:
+                self._waiters -= 1
+                self._wake.notify_all()
+
+    def nudge(self) -> None:
+        """One poll of everything."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self._advance()
+            finally:
+                self.lock.release()
+
+    def check(self) -> None:
+        """Raise if the communicator cannot be used."""
+        if self.broken:
+            raise CollectiveError(self.broken)
+        if self._closed:
+            raise CollectiveError("this communicator is closed")
+
+    def judge(self, error: BaseException, operation: Operation) -> BaseException:
+        """What to raise for an error; if it leaves messages in flight: no further use, and nothing is freed."""
+        if isinstance(error, _HARMLESS) or self.broken:
+            return error
+        self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier: {error!r}"
+        self._transport.abandon(operation, list(self._queue), list(self._streams))
+        for work in self._queue:
+            if work.operation is not operation:
+                work.fail(CollectiveError(self.broken))
+        if isinstance(error, (CollectiveError, MemoryError)) or not isinstance(error, Exception):
+            return error
+        told = CollectiveError(f"{operation.name} failed in the {self._transport.name} transport: {error}")
+        told.__cause__ = error
+        return told
+
+    def timed_out(self, operation: Operation, waited: float) -> PeerTimeoutError:
+        """Call the roll: ranks that wait too say so within the grace time, the silent ones are to blame."""
+        peers, step = operation.pending()
+        told = self._transport.alarms()
+        self._transport.alarm()
+        everyone = set(range(self._transport.size)) - {self._transport.rank}
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while (heard := self._transport.alarms()) != everyone and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        silent = sorted((everyone - heard) or peers or everyone)
+        at = "before the first step" if step is None else f"at step {step}"
+        who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        why = f"within {waited:.3g} s" if not told else f"when rank {min(told)} gave up waiting"
+        return PeerTimeoutError(
+            f"{operation.name}: no answer from {who} {why}, {at}", peers=silent, call=operation.name, step=step
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether operations or streams are under way."""
+        return bool(self._queue or self._streams)
+
+    @property
+    def usable(self) -> bool:
+        """Neither broken nor closed."""
+        return not (self.broken or self._closed)
+
+    def abandon(self, why: str) -> None:
+        """Give up what is under way."""
+        self.broken = f"this communicator cannot be used any more: {why}"
+        self._transport.abandon(list(self._queue), list(self._streams))
+
+    def close(self) -> bool:
+        """Wait for what is under way, then stop the background thread; whether it was open."""
+        if self._closed:
+            return False
+        if not self.broken:
+            while self._queue:
+                work = self._queue[0]
+                self.drive(lambda work=work: work.done, work.operation)  # type: ignore[misc]
+        self._closed = True
+        with self._wake:
+            self._wake.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+        return True
+
+    def _advance(self) -> bool:
+        """Poll the first operation and all streams; whether anything moved. The lock is held."""
+        progress = False
+        while self._queue and self._queue[0].done:
+            self._queue.popleft()
+        if self._queue:
+            progress = self._queue[0].advance()
+            if self._queue[0].done:
+                self._queue.popleft()
+        for stream in list(self._streams):
+            progress |= stream.poll()
+        return progress
+
+    # --- the background thread
+
+    def _awake(self) -> None:
+        if not self._transport.background:
+            return
+        with self._wake:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._background, name="tasp_coll", daemon=True)
+                self._thread.start()
+            self._wake.notify_all()
+
+    def _idle(self) -> bool:
+        return bool(self._waiters or self.broken or not (self._queue or self._streams))
+
+    def _background(self) -> None:
+        watch: _Watch | None = None
+        while not self._closed:
+            with self._wake:
+                if self._idle():
+                    watch = None
+                    self._wake.wait_for(lambda: self._closed or not self._idle())
+                    continue
+            with self.lock:
+                if self._idle() or self._closed:
+                    continue
+                moved = self._advance()
+                head = self._queue[0] if self._queue else None
+                if moved or head is None:
+                    watch = None
+                elif watch is None or watch.operation is not head.operation:
+                    watch = _Watch(self, head.operation)
+                else:
+                    self._look(watch, head)
+            if not moved:
+                time.sleep(_NAP_SECONDS)
+
+    def _look(self, watch: _Watch, head: Work) -> None:
+        try:
+            watch.look()
+        except PeerTimeoutError as error:
+            self.judge(error, head.operation)
+            head.fail(error)
+
+
+class _Watch:
+    """Ends a wait without progress: by the timeout, or when a peer's alarm says that it has given up."""
+
+    def __init__(self, engine: Engine, operation: Operation) -> None:
+        self._engine, self.operation = engine, operation
+        self.idle = 0
+        self._since = 0.0
+        self._polls = 0
+
+    def wait(self) -> None:
+        """After a poll without progress."""
+        self.idle += 1
+        if self.idle % _CHECK_POLLS == 0:
+            self.look(restart=self.idle == _CHECK_POLLS)
+        self._engine._transport.pause(self.idle)
+
+    def look(self, restart: bool = False) -> None:
+        """Raise PeerTimeoutError if it is time."""
+        now = time.monotonic()
+        if restart or not self._since:
+            self._since = now
+        waited = now - self._since
+        if waited > self._engine.timeout or self._engine._transport.alarms():
+            raise self._engine.timed_out(self.operation, waited)

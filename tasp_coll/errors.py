@@ -1,0 +1,66 @@
+"""The errors of tasp-coll, one small tree.
+
+CollectiveError
+├── ArgumentError (ValueError)          a bad argument: names it, the rule and what came
+│   └── ArgumentTypeError (TypeError)   the same for an object of a kind that cannot be used
+├── TopologyError (ValueError)          a topology, spec or file that makes no sense, or cannot do what was asked
+├── ScheduleError                       a schedule that fails its proof
+├── MismatchError                       ranks disagree about a call
+└── PeerTimeoutError (TimeoutError)     peers that did not answer in time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class CollectiveError(Exception):
+    """Root of all errors that tasp-coll raises on purpose."""
+
+
+class ArgumentError(CollectiveError, ValueError):
+    """An argument breaks a rule; the message names the argument, the rule and what came."""
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is an object of a kind that cannot be used here."""
+
+
+class TopologyError(CollectiveError, ValueError):
+    """A topology, its spec or its file is wrong, or it cannot be decomposed as asked."""
+
+
+class ScheduleError(CollectiveError):
+    """A schedule fails its proof. The place is in the message and in the attributes (None: does not apply)."""
+
+    def __init__(
+        self,
+        rule: str,
+        *,
+        step: int | None = None,
+        rank: int | None = None,
+        ring: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self.step, self.rank, self.ring, self.chunk = step, rank, ring, chunk
+        place = {"step": step, "rank": rank, "ring": ring, "chunk": chunk}
+        where = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
+        super().__init__(f"{where}: {rule}" if where else rule)
+
+
+class MismatchError(CollectiveError):
+    """Ranks disagree about a call. `ranks` are the odd ones; the message says what each of them passed."""
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        self.ranks = tuple(ranks)
+        super().__init__(message)
+
+
+class PeerTimeoutError(CollectiveError, TimeoutError):
+    """Peers did not answer in time. `peers` names them, `call` and `step` say what was waited for."""
+
+    def __init__(
+        self, message: str, *, peers: Iterable[int] = (), call: str = "", step: int | None = None
+    ) -> None:
+        self.peers, self.call, self.step = tuple(peers), call, step
+        super().__init__(message)

@@ -1,0 +1,142 @@
+"""All ranks in one process: each rank a thread, messages copied by whichever side comes second.
+
+A send completes only when its receive has taken the bytes, the strictest of MPI's orders, so that a schedule which
+runs here does not depend on buffering. Sources of the idea: msccl-tools' interpreter, httpx's in-process transport.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tasp_coll.errors import CollectiveError
+from tasp_coll.transport import NativeCall, NativeRequest, Op
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Lane:
+    sends: deque[tuple[_LoopbackBatch, int]] = field(default_factory=deque)
+    receives: deque[tuple[_LoopbackBatch, int]] = field(default_factory=deque)
+
+
+class LoopbackWorld:
+    """`size` ranks in this process. `world.transports[r]` is rank r's; `world.run` runs a function on every rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = threading.Condition()
+        self.lanes: dict[tuple[int, int, int], _Lane] = defaultdict(_Lane)
+        self.raised: list[set[int]] = [set() for _ in range(size)]
+        self.transports = tuple(LoopbackTransport(self, rank) for rank in range(size))
+
+    def run(self, body: Callable[[LoopbackTransport], T]) -> list[T]:
+        """body(transport) on every rank at once, each in a thread; the results by rank.
+
+        If ranks raise, the exception of the lowest one that did is raised here after all have ended.
+        """
+        with ThreadPoolExecutor(self.size) as pool:
+            futures = [pool.submit(body, transport) for transport in self.transports]
+        return [future.result() for future in futures]
+
+
+class LoopbackTransport:
+    """One rank of a `LoopbackWorld`; pass it to `Communicator` as its group."""
+
+    name = "loopback"
+    background = True
+
+    def __init__(self, world: LoopbackWorld, rank: int) -> None:
+        self.world, self.rank, self.size = world, rank, world.size
+        self._kept: list[Any] = []
+
+    def prepare(self, ops: Sequence[Op]) -> _LoopbackBatch:
+        return _LoopbackBatch(self, tuple(ops))
+
+    def pause(self, idle: int) -> None:
+        with self.world.changed:
+            self.world.changed.wait(min(idle * 1e-4, 2e-3))
+
+    def has_native(self, request: NativeRequest) -> bool:
+        return False
+
+    def native(self, request: NativeRequest) -> NativeCall:
+        raise CollectiveError("the loopback transport has no collectives of its own")
+
+    def alarm(self) -> None:
+        with self.world.changed:
+            for rank in range(self.size):
+                if rank != self.rank:
+                    self.world.raised[rank].add(self.rank)
+            self.world.changed.notify_all()
+
+    def alarms(self) -> set[int]:
+        return set(self.world.raised[self.rank])
+
+    def abandon(self, *keep: Any) -> None:
+        """Withdraw this rank's open messages, so that no peer writes to memory that its caller has back."""
+        self._kept.extend(keep)
+        with self.world.changed:
+            for lane in self.world.lanes.values():
+                for queue in (lane.sends, lane.receives):
+                    mine = [entry for entry in queue if entry[0].transport is self]
+                    for entry in mine:
+                        queue.remove(entry)
+
+    def close(self) -> None:
+        self._kept.clear()
+
+
+class _LoopbackBatch:
+    def __init__(self, transport: LoopbackTransport, ops: tuple[Op, ...]) -> None:
+        self.transport, self.ops = transport, ops
+        self._open: set[int] = set()
+        self._done: list[int] = []
+
+    def start(self, indices: Sequence[int]) -> None:
+        world = self.transport.world
+        with world.changed:
+            self._open.update(indices)
+            for index in indices:
+                self._post(world, index)
+            world.changed.notify_all()
+
+    def start_all(self) -> None:
+        self.start(range(len(self.ops)))
+
+    def _post(self, world: LoopbackWorld, index: int) -> None:
+        op, me = self.ops[index], self.transport.rank
+        lane = world.lanes[(me, op.peer, op.lane) if op.send else (op.peer, me, op.lane)]
+        (lane.sends if op.send else lane.receives).append((self, index))
+        while lane.sends and lane.receives:
+            (sender, i), (receiver, j) = lane.sends.popleft(), lane.receives.popleft()
+            source, target = sender.ops[i], receiver.ops[j]
+            if source.nbytes > target.nbytes:
+                raise CollectiveError(
+                    f"a message of {source.nbytes} bytes came for a receive of {target.nbytes} bytes"
+                )
+            ctypes.memmove(target.address, source.address, source.nbytes)
+            sender._done.append(i)
+            receiver._done.append(j)
+
+    def test_some(self) -> list[int]:
+        with self.transport.world.changed:
+            done, self._done = self._done, []
+            self._open.difference_update(done)
+        return done
+
+    def test_all(self) -> bool:
+        self.test_some()
+        return not self._open
+
+    def pending(self) -> list[int]:
+        return sorted(self._open)
+
+    def free(self) -> None:
+        self._done.clear()

@@ -1,0 +1,26 @@
+"""Shared by all tests: a launcher of MPI jobs, Hypothesis' settings, and what is not collected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from subprocess import CompletedProcess
+
+import pytest
+from hypothesis import settings
+
+import launch
+
+# tests/mpi is written for the ranks of an MPI job: test_mpi.py starts it at several world sizes.
+collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["mpi"]
+
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
+
+
+@pytest.fixture
+def mpirun() -> Callable[..., CompletedProcess[str]]:
+    """`launch.mpirun`; the test is skipped where no MPI is installed."""
+    if launch.find_mpiexec() is None:
+        pytest.skip("no mpiexec in this environment or on PATH: pip install 'tasp-coll[mpich]'")
+    return launch.mpirun

@@ -1,0 +1,71 @@
+"""Runs tests/mpi under mpiexec at several world sizes, and checks that what fails or hangs there is seen."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+MpiRun = Callable[..., CompletedProcess[str]]
+SUITE = Path(__file__).parent / "mpi"
+
+
+def run_suite(
+    mpirun: MpiRun, ranks: int, suite: Path = SUITE, *, limit_s: float = 60
+) -> CompletedProcess[str]:
+    """A test gets `limit_s`: faulthandler's thread needs no GIL, so it ends a rank that hangs in MPI too."""
+    options = ["-c", "pyproject.toml", "-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0"]
+    options += ["-o", f"faulthandler_timeout={limit_s}", "-o", "faulthandler_exit_on_timeout=true"]
+    return mpirun(
+        ranks, ["-m", "pytest", suite, *options], timeout=240, env={"TASP_COLL_MPI_RANKS": str(ranks)}
+    )
+
+
+def suite_of(directory: Path, body: str) -> Path:
+    """A suite like tests/mpi with one test, whose body is given."""
+    shutil.copy(SUITE / "conftest.py", directory)
+    (directory / "test_one.py").write_text(f"from mpi4py import MPI\n\ndef test_one():\n    {body}\n")
+    return directory
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
+def test_suite_passes(mpirun: MpiRun, ranks: int) -> None:
+    ended = run_suite(mpirun, ranks)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count(" passed") == 1, "rank 0, and no other, reports"
+
+
+def test_one_failing_rank_ends_the_job(mpirun: MpiRun, tmp_path: Path) -> None:
+    """The ranks that do not fail wait for the one that does."""
+    suite = suite_of(tmp_path, "assert MPI.COMM_WORLD.rank != 1; MPI.COMM_WORLD.barrier()")
+    ended = run_suite(mpirun, 3, suite)
+    assert ended.returncode != 0
+    assert re.search(r"rank 1 of 3 FAILED \S*test_one\.py::test_one \(call\)", ended.stderr), ended.stderr
+
+
+def test_a_wrong_world_size_is_a_failure(mpirun: MpiRun) -> None:
+    arguments = ["-m", "pytest", SUITE / "test_world.py", "-q", "-p", "no:cacheprovider"]
+    ended = mpirun(2, arguments, env={"TASP_COLL_MPI_RANKS": "3"})
+    assert ended.returncode != 0
+
+
+def test_a_hang_in_mpi_ends_the_job_and_shows_where(mpirun: MpiRun, tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, "MPI.COMM_WORLD.rank or MPI.COMM_WORLD.recv(source=0)")
+    ended = run_suite(mpirun, 2, suite, limit_s=1)
+    assert ended.returncode != 0
+    assert "test_one.py" in ended.stderr
+
+
+def test_a_job_past_its_time_is_killed_with_all_its_ranks(mpirun: MpiRun, tmp_path: Path) -> None:
+    beat = "import pathlib, sys, time\nwhile True: pathlib.Path(sys.argv[1]).touch(); time.sleep(0.01)"
+    with pytest.raises(TimeoutError, match="killed after 1 s"):
+        mpirun(2, ["-c", beat, tmp_path / "alive"], timeout=1)
+    time.sleep(0.5)
+    (tmp_path / "alive").unlink()
+    time.sleep(0.2)
+    assert not (tmp_path / "alive").exists(), "a rank still runs"
