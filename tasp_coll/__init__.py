@@ -28,30 +28,45 @@ _HOME = {
     "Topology": "topology",
     "TopologyError": "errors",
     "Transfer": "schedule",
-    "all_to_all": "communicator",
-    "allgather_steps": "communicator",
+    "all_to_all": "functions",
+    "allgather_steps": "functions",
     "decompose": "decomposition",
-    "decomposed_allgather": "communicator",
-    "decomposed_allgatherv": "communicator",
-    "decomposed_allreduce": "communicator",
-    "decomposed_reduce_scatter": "communicator",
+    "decomposed_allgather": "functions",
+    "decomposed_allgatherv": "functions",
+    "decomposed_allreduce": "functions",
+    "decomposed_reduce_scatter": "functions",
     "plan": "schedule",
-    "reduce_scatter_steps": "communicator",
+    "reduce_scatter_steps": "functions",
     "ring_neighbours": "decomposition",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CollectiveError",
+    "Communicator",
+    "Link",
+    "MismatchError",
+    "PeerTimeoutError",
+    "Ring",
+    "Schedule",
+    "ScheduleError",
+    "Topology",
+    "TopologyError",
+    "Transfer",
+    "all_to_all",
+    "allgather_steps",
+    "decompose",
+    "decomposed_allgather",
+    "decomposed_allgatherv",
+    "decomposed_allreduce",
+    "decomposed_reduce_scatter",
+    "plan",
+    "reduce_scatter_steps",
+    "ring_neighbours",
+]
 
 if TYPE_CHECKING:
-    from tasp_coll.communicator import (
-        Communicator,
-        all_to_all,
-        allgather_steps,
-        decomposed_allgather,
-        decomposed_allgatherv,
-        decomposed_allreduce,
-        decomposed_reduce_scatter,
-        reduce_scatter_steps,
-    )
+    from tasp_coll.communicator import Communicator
     from tasp_coll.decomposition import Ring, decompose, ring_neighbours
     from tasp_coll.errors import (
         ArgumentError,
@@ -61,6 +76,15 @@ if TYPE_CHECKING:
         PeerTimeoutError,
         ScheduleError,
         TopologyError,
+    )
+    from tasp_coll.functions import (
+        all_to_all,
+        allgather_steps,
+        decomposed_allgather,
+        decomposed_allgatherv,
+        decomposed_allreduce,
+        decomposed_reduce_scatter,
+        reduce_scatter_steps,
     )
     from tasp_coll.schedule import Schedule, Transfer, plan
     from tasp_coll.topology import Link, Topology

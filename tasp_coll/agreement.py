@@ -36,6 +36,10 @@ class Header(NamedTuple):
     room: int = -1  # rows of the `recv` that it was given
     place: int = -1  # row of `recv` at which its `send` lies
 
+    def packed(self) -> bytes:
+        """As it travels."""
+        return _LAYOUT.pack(*self)
+
 
 class Rounds:
     """Exchange of headers and small payloads between all ranks of a transport."""
@@ -49,13 +53,14 @@ class Rounds:
         self._base = self._memory.ctypes.data
         self._own = self._base + self.rank * self.stride
         self._signatures = self._memory[:, :16]
+        self._header = self._memory[self.rank].data[: _LAYOUT.size]
+        self._peers = [peer for peer in range(self.size) if peer != self.rank]
         self._prepared: OrderedDict[int, Batch] = OrderedDict()
         self._batch: Batch | None = None
 
-    def post(self, header: Header, address: int) -> None:
-        """Send this rank's header and `header.payload` bytes from `address` to all, and expect theirs."""
-        _LAYOUT.pack_into(self._memory[self.rank].data, 0, *header)
-        payload = max(header.payload, 0)
+    def post(self, header: bytes, address: int = 0, payload: int = 0) -> None:
+        """Send this rank's packed header and `payload` bytes from `address` to all, and expect theirs."""
+        self._header[:] = header
         ctypes.memmove(self._own + HEADER_BYTES, address, payload)
         self._batch = self._batch_for(payload)
         self._batch.start_all()
@@ -89,10 +94,6 @@ class Rounds:
     def text(self, rank: int) -> str:
         """The payload that `rank` sent, as text."""
         return ctypes.string_at(self.payload(rank), self.header(rank).payload).decode("utf-8", "replace")
-
-    @property
-    def _peers(self) -> Sequence[int]:
-        return [peer for peer in range(self.size) if peer != self.rank]
 
     def _batch_for(self, payload: int) -> Batch:
         batch = self._prepared.get(payload)

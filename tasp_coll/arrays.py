@@ -94,9 +94,7 @@ def result(buffer: Buffer) -> Any:
     return _KINDS[buffer.kind].result(buffer)
 
 
-def view(
-    like: Buffer, memory: NDArray, offset: int, shape: tuple[int, ...], *, readonly: bool = False
-) -> Any:
+def view(like: Buffer, memory: NDArray, offset: int, shape: tuple[int, ...], *, readonly: bool = False) -> Any:
     """An array of `like`'s kind and dtype over `memory` (1-d, uint8) from byte `offset` on, without a copy.
 
     It is a copy after all for JAX, whose arrays are immutable and read asynchronously, and for a read-only

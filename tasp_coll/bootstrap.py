@@ -136,7 +136,7 @@ def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]
     raw = np.frombuffer(text.encode(), np.uint8)
     if len(raw) > rounds.capacity:
         raise CollectiveError(f"a text of {len(raw)} bytes is too long for a round of {rounds.capacity}")
-    rounds.post(Header(b"text".ljust(16), len(raw)), raw.ctypes.data)
+    rounds.post(Header(b"text".ljust(16), len(raw)).packed(), raw.ctypes.data, len(raw))
     while not rounds.poll():
         yield False
     return [rounds.text(rank) for rank in range(rounds.size)]
@@ -164,4 +164,3 @@ class Spread:
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for."""
         return self.rounds.pending(), None
-

@@ -14,6 +14,7 @@ timeout raises PeerTimeoutError, after which the communicator refuses further us
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import weakref
 from collections.abc import Sequence
@@ -21,17 +22,17 @@ from typing import Any
 
 from tasp_coll import bootstrap, tuning
 from tasp_coll.agreement import Rounds
+from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
 from tasp_coll.core import SLOTS, Core
-from tasp_coll.engine import Engine, Work
+from tasp_coll.engine import Engine
 from tasp_coll.errors import ArgumentError, CollectiveError
-from tasp_coll.operations import AllGather, AllGatherV, AllReduce, AllToAll, Collective, Options, ReduceScatter
+from tasp_coll.operations import Collective, Options
 from tasp_coll.schedule import Schedule
 from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce
 from tasp_coll.topology import ENVIRONMENT, Topology
 from tasp_coll.transport import Transport
 
 _live: weakref.WeakSet[Communicator] = weakref.WeakSet()
-_world: Communicator | None = None
 
 
 class Communicator:
@@ -90,6 +91,16 @@ class Communicator:
     def transport(self) -> str:
         """Name of what carries the bytes: "mpi" or "loopback"."""
         return self._core.transport.name
+
+    @property
+    def usable(self) -> bool:
+        """Neither closed nor given up after a failure."""
+        return self._core.engine.usable
+
+    @property
+    def last_choice(self) -> tuning.Choice | None:
+        """What the last completed call ran: algorithm, rings (None: all) and slices; None for a Schedule of yours."""
+        return self._core.last_choice
 
     def __repr__(self) -> str:
         return f"<Communicator rank {self.rank} of {self.size}, {self.topology.name}, {self.transport}>"
@@ -151,8 +162,7 @@ class Communicator:
         bfloat16 and float16 are accumulated in float32, also on the wire of rings. Results do not change from run to
         run. recv may be exactly this rank's part of send. Else as `decomposed_allgather`.
         """
-        parts = None if counts is None else tuple(int(rows) for rows in counts)
-        return self._call(ReduceScatter, send, recv, Options(algorithm, rings, op, parts), async_op)
+        return self._call(ReduceScatter, send, recv, Options(algorithm, rings, op, _plain(counts)), async_op)
 
     def decomposed_allreduce(
         self,
@@ -241,9 +251,28 @@ class Communicator:
         self.close()
 
     def _call(self, kind: type[Collective], send: Any, recv: Any, options: Options, async_op: bool) -> Any:
-        operation = kind(self._core, send, recv, options)
-        engine = self._core.engine
-        return engine.submit(operation) if async_op else engine.run(operation)
+        core = self._core
+        if async_op:
+            return core.engine.submit(kind(core, send, recv, options))
+        # Arrays seen before need no second look: that is most of a small call's time.
+        found = core.memos.take(kind, send, recv, options)
+        if found is None:
+            operation = kind(core, send, recv, options)
+            result = core.engine.run(operation)
+            core.memos.keep(operation, send, recv, options)
+            return result
+        found.operation.again(send, recv)
+        result = core.engine.run(found.operation)
+        core.memos.put_back(found)
+        return result
+
+
+def _plain(counts: Any) -> Any:
+    """A tuple of ints where it is one in substance; else as it came, for the operation to refuse on all ranks."""
+    try:
+        return tuple(operator.index(rows) for rows in counts)
+    except TypeError:
+        return counts
 
 
 def _join(transport: Transport, topology: Any, timeout: float, error: CollectiveError | None) -> Core:
@@ -285,52 +314,3 @@ def _leave() -> None:
         if engine.busy and not engine.broken:
             engine.abandon("the interpreter exited while it was busy")
         comm.close()
-
-
-def world() -> Communicator:
-    """The communicator of all MPI ranks that the functions use when they are given none."""
-    global _world
-    if _world is None or not _world._core.engine.usable:
-        _world = Communicator()
-    return _world
-
-
-def _of(comm: Communicator | None) -> Communicator:
-    return world() if comm is None else comm
-
-
-def decomposed_allgather(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
-    """`Communicator.decomposed_allgather` on `comm`; None is the world."""
-    return _of(comm).decomposed_allgather(send, recv, **options)
-
-
-def decomposed_allgatherv(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
-    """`Communicator.decomposed_allgatherv` on `comm`; None is the world."""
-    return _of(comm).decomposed_allgatherv(send, recv, **options)
-
-
-def decomposed_reduce_scatter(
-    send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any
-) -> Any:
-    """`Communicator.decomposed_reduce_scatter` on `comm`; None is the world."""
-    return _of(comm).decomposed_reduce_scatter(send, recv, **options)
-
-
-def decomposed_allreduce(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
-    """`Communicator.decomposed_allreduce` on `comm`; None is the world."""
-    return _of(comm).decomposed_allreduce(send, recv, **options)
-
-
-def all_to_all(send: Any, recv: Any = None, *, comm: Communicator | None = None, **options: Any) -> Any:
-    """`Communicator.all_to_all` on `comm`; None is the world."""
-    return _of(comm).all_to_all(send, recv, **options)
-
-
-def allgather_steps(send: Any, *, comm: Communicator | None = None, **options: Any) -> GatherStream:
-    """`Communicator.allgather_steps` on `comm`; None is the world."""
-    return _of(comm).allgather_steps(send, **options)
-
-
-def reduce_scatter_steps(recv: Any, *, comm: Communicator | None = None, **options: Any) -> ReduceStream:
-    """`Communicator.reduce_scatter_steps` on `comm`; None is the world."""
-    return _of(comm).reduce_scatter_steps(recv, **options)

@@ -11,6 +11,7 @@ import numpy as np
 from tasp_coll.agreement import Rounds
 from tasp_coll.engine import Engine
 from tasp_coll.executor import Exchange, Program
+from tasp_coll.memos import Memos
 from tasp_coll.schedule import Schedule, plan
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
@@ -95,8 +96,10 @@ class Core:
         self.calls: Cache[Hashable, object] = Cache(4 * _PLANS)
         self.compiled: Cache[Hashable, Compiled] = Cache(_PLANS, Compiled.free)
         self._schedules: Cache[Hashable, Schedule] = Cache(_PLANS)
+        self.memos = Memos()
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
+        self.last_choice: Choice | None = None
 
     def schedule(self, collective: str, choice: Choice, reverse: bool = False) -> Schedule:
         """The proved schedule of a choice."""
@@ -104,7 +107,12 @@ class Core:
         found = self._schedules.get(key)
         if found is None:
             found = plan(
-                self.topology, collective, choice.algorithm, choice.rings, slices=choice.slices, reverse=reverse
+                self.topology,
+                collective,
+                choice.algorithm,
+                choice.rings,
+                slices=choice.slices,
+                reverse=reverse,
             )
             found.verify()
             self.planned += 1
@@ -125,6 +133,7 @@ class Core:
         if self.engine.close() and not self.engine.broken:
             self.compiled.clear()
             self.calls.clear()
+            self.memos.clear()
             self.transport.close()
 
 

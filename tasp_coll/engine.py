@@ -113,13 +113,13 @@ class Engine:
             self.check()
             if self._queue or self._streams:
                 return self.submit(operation).wait()
-            generator = operation.run()
-            watch = _Watch(self, operation)
+            generator, watch = operation.run(), None
             try:
                 while True:
                     if next(generator):
-                        watch.idle = 0
+                        watch = None
                     else:
+                        watch = watch or _Watch(self, operation)
                         watch.wait()
             except StopIteration as stop:
                 return stop.value
@@ -213,7 +213,10 @@ class Engine:
         who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         why = f"within {waited:.3g} s" if not told else f"when rank {min(told)} gave up waiting"
         return PeerTimeoutError(
-            f"{operation.name}: no answer from {who} {why}, {at}", peers=silent, call=operation.name, step=step
+            f"{operation.name}: no answer from {who} {why}, {at}",
+            peers=silent,
+            call=operation.name,
+            step=step,
         )
 
     @property

@@ -59,8 +59,6 @@ class MismatchError(CollectiveError):
 class PeerTimeoutError(CollectiveError, TimeoutError):
     """Peers did not answer in time. `peers` names them, `call` and `step` say what was waited for."""
 
-    def __init__(
-        self, message: str, *, peers: Iterable[int] = (), call: str = "", step: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, peers: Iterable[int] = (), call: str = "", step: int | None = None) -> None:
         self.peers, self.call, self.step = tuple(peers), call, step
         super().__init__(message)

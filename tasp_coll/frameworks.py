@@ -197,9 +197,7 @@ class Jax(HeldKind):
             raise type_error(name, array, rule)
         (device,) = devices
         if device.platform != "cpu":
-            rule = (
-                f"must be in host memory, not on {device}: pass jax.device_put({name}, jax.devices('cpu')[0])"
-            )
+            rule = f"must be in host memory, not on {device}: pass jax.device_put({name}, jax.devices('cpu')[0])"
             raise type_error(name, array, rule)
         try:
             host = np.asarray(array)  # waits for the values; a view of XLA's memory
@@ -241,9 +239,7 @@ class Torch:
             rule = f"must be in host memory, not on {tensor.device}: pass {name}.cpu()"
             raise type_error(name, tensor, rule)
         if tensor.layout is not torch.strided or tensor.is_nested:
-            rule = (
-                f"must be dense, not sparse or nested ({tensor.layout}): pass its values or {name}.to_dense()"
-            )
+            rule = f"must be dense, not sparse or nested ({tensor.layout}): pass its values or {name}.to_dense()"
             raise type_error(name, tensor, rule)
         if tensor.is_quantized:
             rule = f"must not be quantized: pass {name}.int_repr(), and its scales beside it"

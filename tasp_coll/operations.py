@@ -1,8 +1,4 @@
-"""The collectives as operations: look at the arguments, agree, move bytes, hand back the result.
-
-Each class says what is particular to a collective: its shapes, how small payloads that came with the agreement are
-put together, its programs, and the library's own call. What they share is in `Collective.run`.
-"""
+"""A collective call as an operation: look at the arguments, agree, move bytes, hand back the result."""
 
 from __future__ import annotations
 
@@ -10,18 +6,15 @@ import ctypes
 import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer
-from tasp_coll.core import Compiled, Core, Shape
+from tasp_coll.core import Compiled, Core
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
-from tasp_coll.programs import ALIGN, all_to_all_program, gather_program, reduce_program
-from tasp_coll.reduction import Reduction, reduction
-from tasp_coll.schedule import Schedule, cut, uniform_weights
+from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
 from tasp_coll.tuning import Choice, direct
 
@@ -33,14 +26,13 @@ _READY = b"ready".ljust(16)
 Steps = Generator[bool, None, Any]
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a caller may ask for beside the arrays."""
 
     algorithm: str | Schedule = "auto"
     rings: int | None = None
     op: str = "sum"
-    counts: tuple[int, ...] | None = None
+    counts: Any = None
     extra: str = ""  # of streams: what else must be the same on all ranks
 
     def check(self, collective: str, core: Core) -> None:
@@ -57,7 +49,9 @@ class Options:
         if self.rings is None:
             return
         if self.algorithm not in ("auto", "rings"):
-            raise ArgumentError(f"rings applies to algorithm 'rings' only, got rings={self.rings!r} with {self.algorithm!r}")
+            raise ArgumentError(
+                f"rings applies to algorithm 'rings' only, got rings={self.rings!r} with {self.algorithm!r}"
+            )
         core.schedule(collective, Choice("rings", self.rings))
 
     @property
@@ -87,6 +81,7 @@ class Collective:
     collective = ""
     name = ""
     slot = 0
+    repeatable = True  # can be run again with the same arrays
 
     def __init__(self, core: Core, send: Any, recv: Any, options: Options) -> None:
         self.core, self.options = core, options
@@ -95,13 +90,30 @@ class Collective:
         self.out: Buffer | None = None
         self.given = recv
         self.chosen: Choice | None = None
+        self._greeting: tuple[bytes, int, int] | None = None
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
-            self.original = send
             self.call = self._known_call()
             self.prepare(recv)
         except CollectiveError as error:
             self.error = error
+        except Exception as error:  # the others must not be left waiting, whatever it is
+            self.error = ArgumentError(f"{type(error).__name__}: {error}")
+            self.error.__cause__ = error
+
+    def again(self, send: Any, recv: Any) -> None:
+        """Get ready to run once more with the arrays that it was made for."""
+        self.given, self.flow = recv, None
+        if recv is None:
+            assert self.out is not None
+            self.out = arrays.new(self.send._replace(owner=send), self.out.shape)
+
+    def forget(self) -> None:
+        """Let go of the caller's arrays."""
+        self.given = None
+        self.send = self.send._replace(owner=None)
+        if self.out is not None:
+            self.out = self.out._replace(owner=None)
 
     # --- what a collective says of itself
 
@@ -158,7 +170,7 @@ class Collective:
             dtype=self.send.dtype,
             algorithm=options.label,
             rings=options.rings,
-            counts=None if options.counts is None else list(options.counts),
+            counts=options.counts,
         )
 
     def header(self) -> Header:
@@ -168,8 +180,10 @@ class Collective:
         return Header(self.call.signature, self.send.nbytes if self._fits() else NOT_INLINE)
 
     def _fits(self) -> bool:
-        return self.options.rings is None and self.options.algorithm in ("auto", "direct") and (
-            self.send.nbytes <= self.core.rounds.capacity
+        return (
+            self.options.rings is None
+            and self.options.algorithm in ("auto", "direct")
+            and (self.send.nbytes <= self.core.rounds.capacity)
         )
 
     def inline(self) -> bool:
@@ -189,6 +203,7 @@ class Collective:
             else:
                 compiled = yield from self._compiled()
                 yield from self._run_programs(compiled)
+        self.core.last_choice = self.chosen
         return self.result()
 
     def result(self) -> Any:
@@ -202,17 +217,20 @@ class Collective:
     def agree(self) -> Steps:
         """The round that begins every call: all go on, or all raise."""
         rounds = self.core.rounds
-        header = self.header()
-        rounds.post(header, self.send.address if header.payload > 0 else 0)
+        if self._greeting is None:
+            header = self.header()
+            payload = max(header.payload, 0)
+            self._greeting = header.packed(), self.send.address if payload else 0, payload
+        rounds.post(*self._greeting)
         while not rounds.poll():
             yield False
-        if self.error is not None or not rounds.same(header.signature):
-            yield from self._explain(header.signature)
+        if self.error is not None or not rounds.same(self.call.signature):
+            yield from self._explain()
 
-    def _explain(self, signature: bytes) -> Steps:
+    def _explain(self) -> Steps:
         """Tell each other what was passed, and raise."""
         rounds = self.core.rounds
-        if self.error is not None and rounds.same(signature):
+        if self.error is not None and rounds.same(_FAILED):
             raise self.error
         described: dict[str, object] = {"call": self.name}
         if self.error is not None:
@@ -221,7 +239,7 @@ class Collective:
             described |= dict(self.call.described)
         text = encode(described, rounds.capacity)
         memory = ctypes.create_string_buffer(text, len(text))
-        rounds.post(Header(_EXPLAIN, len(text)), ctypes.addressof(memory))
+        rounds.post(Header(_EXPLAIN, len(text)).packed(), ctypes.addressof(memory), len(text))
         while not rounds.poll():
             yield False
         raise disagreement([rounds.text(rank) for rank in range(rounds.size)]) from self.error
@@ -229,12 +247,11 @@ class Collective:
     def confirm(self) -> Steps:
         """After work of its own that may have failed on some rank: all go on, or all raise."""
         rounds = self.core.rounds
-        signature = _READY if self.error is None else _FAILED
-        rounds.post(Header(signature), 0)
+        rounds.post(Header(_READY if self.error is None else _FAILED).packed())
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(_READY):
-            yield from self._explain(signature)
+            yield from self._explain()
 
     def _choose(self) -> Choice | None:
         """What runs; None for a user's schedule."""
@@ -317,298 +334,25 @@ class Collective:
         if out.dtype != self.send.dtype:
             raise ArgumentError(f"recv must have send's dtype {self.send.dtype}, got {out.dtype}")
         self.check_shape(out, shape)
-        if arrays.overlap(self.send, out) and self.send.address != out.address + (in_place if in_place is not None else -1):
+        if arrays.overlap(self.send, out) and self.send.address != out.address + (
+            in_place if in_place is not None else -1
+        ):
             raise ArgumentError(
                 "recv must not overlap send, unless send is exactly this rank's own slice of it: they share memory"
             )
         return out
 
     def check_shape(self, out: Buffer, shape: tuple[int, ...]) -> None:
-        """recv has the result's shape, or the stacked one with a leading axis of ranks, or is flat memory of that size."""
+        """recv has the result's shape, or the stacked one (n, *shape), or is flat memory of that size."""
         stacked = (self.core.size, *self.send.shape)
         flat = out.kind in ("array", "bytearray", "memoryview", "buffer") and len(out.shape) == 1
         size = self.send.itemsize
         for extent in shape:
             size *= extent
-        if out.shape == shape or (self.collective == "allgather" and out.shape == stacked) or (flat and out.nbytes == size):
+        if (
+            out.shape == shape
+            or (self.collective == "allgather" and out.shape == stacked)
+            or (flat and out.nbytes == size)
+        ):
             return
         raise ArgumentError(f"recv must have shape {shape}, got {out.shape}")
-
-
-class AllGather(Collective):
-    """Shards of one shape, rank-major."""
-
-    collective, name = "allgather", "decomposed_allgather"
-
-    def key(self) -> tuple[Any, ...]:
-        return self.send.shape, self.send.dtype
-
-    def prepare(self, recv: Any) -> None:
-        rows, rest = Shape.of(self.send.shape)
-        self.out = self.receive(recv, (self.core.size * rows, *rest), self.core.rank * self.send.nbytes)
-
-    def sizes(self) -> tuple[int, ...]:
-        return (self.send.nbytes,) * self.core.size
-
-    def programs(self, schedule: Schedule) -> tuple[Program, ...]:
-        return (gather_program(schedule, self.core.rank, self.sizes()),)
-
-    def bases(self) -> Sequence[dict[str, int]]:
-        assert self.out is not None
-        return ({"send": self.send.address, "recv": self.out.address},)
-
-    def unpack(self) -> None:
-        assert self.out is not None
-        at, rounds = self.out.address, self.core.rounds
-        for rank, nbytes in enumerate(self.sizes()):
-            ctypes.memmove(at, rounds.payload(rank), nbytes)
-            at += nbytes
-
-    def own(self) -> None:
-        assert self.out is not None
-        place = self.out.address + sum(self.sizes()[: self.core.rank])
-        if place != self.send.address:
-            ctypes.memmove(place, self.send.address, self.send.nbytes)
-
-    def native(self) -> NativeRequest:
-        assert self.out is not None
-        return NativeRequest(self.collective, self.send.address, self.out.address, self.sizes(), None, 1, None)
-
-
-class AllGatherV(AllGather):
-    """Shards whose number of rows differs."""
-
-    name = "decomposed_allgatherv"
-
-    def key(self) -> tuple[Any, ...]:
-        return Shape.of(self.send.shape).rest, self.send.dtype, bool(self.send.shape)
-
-    def describe(self) -> Call:
-        rest = list(Shape.of(self.send.shape).rest)
-        return Call.of(
-            call=self.name,
-            row_shape=rest,
-            dtype=self.send.dtype,
-            algorithm=self.options.label,
-            rings=self.options.rings,
-        )
-
-    def prepare(self, recv: Any) -> None:
-        if not self.send.shape:
-            raise ArgumentError("send must have an axis 0 to be gathered along, got a 0-d array")
-        self._rows, self._rest = Shape.of(self.send.shape)
-        self._row_bytes = self.send.nbytes // self._rows if self._rows else self._row_size()
-        self._counts: tuple[int, ...] = ()
-        self._room = self._place = -1
-        if recv is None:
-            return
-        out = arrays.describe(recv, "recv")
-        self._room = out.nbytes // self._row_bytes if self._row_bytes else 0
-        if arrays.overlap(self.send, out):
-            offset = self.send.address - out.address
-            self._place = offset // self._row_bytes if self._row_bytes and offset % self._row_bytes == 0 else -1
-        shape = (out.shape[0] if out.shape and len(out.shape) == len(self.send.shape) else self._room, *self._rest)
-        self.out = self.receive(recv, shape, self._place * self._row_bytes if self._place >= 0 else None)
-
-    def _row_size(self) -> int:
-        size = self.send.itemsize
-        for extent in self._rest:
-            size *= extent
-        return size
-
-    def header(self) -> Header:
-        if self.error is not None:
-            return super().header()
-        return super().header()._replace(rows=self._rows, room=self._room, place=self._place)
-
-    def inline(self) -> bool:
-        return all(header.payload != NOT_INLINE for header in self._headers)
-
-    def agree(self) -> Steps:
-        yield from super().agree()
-        self._headers = self.core.rounds.headers()
-        self._counts = tuple(header.rows for header in self._headers)
-        total, at = sum(self._counts), 0
-        faults = []
-        for rank, header in enumerate(self._headers):
-            if header.room not in (-1, total):
-                faults.append((rank, f"recv must have {total} rows, the sum over ranks, got {header.room}"))
-            elif header.place not in (-1, at) and header.rows:
-                faults.append((rank, f"send must lie at row {at} of recv to be in place, it is at {header.place}"))
-            at += header.rows
-        if faults:
-            told = "; ".join(f"rank {rank}: {rule}" for rank, rule in faults)
-            raise MismatchError(f"{self.name}: {told}", [rank for rank, _ in faults])
-        if self.out is None:
-            self.out = arrays.new(self.send, (total, *self._rest))
-
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(rows * self._row_bytes for rows in self._counts)
-
-
-class _Reducing(Collective):
-    """What ReduceScatter and AllReduce share."""
-
-    how: Reduction
-
-    def key(self) -> tuple[Any, ...]:
-        return self.send.shape, self.send.dtype, self.options.op
-
-    def describe(self) -> Call:
-        call = super().describe()
-        return Call.of(**dict(call.described), op=self.options.op)
-
-    def native(self) -> NativeRequest:
-        assert self.out is not None
-        address = self.send.address
-        if self.collective == "reduce_scatter" and arrays.overlap(self.send, self.out):
-            # MPI wants them apart.
-            self._apart = ctypes.create_string_buffer(self.send.nbytes)
-            address = ctypes.addressof(self._apart)
-            ctypes.memmove(address, self.send.address, self.send.nbytes)
-        how = self.how
-        return NativeRequest(
-            self.collective, address, self.out.address, self.counts(), how.dtype, how.itemsize, self.options.op
-        )
-
-    def counts(self) -> tuple[int, ...]:
-        """Elements of each rank's shard."""
-        raise NotImplementedError
-
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(count * self.how.itemsize for count in self.counts())
-
-    def _reduce_payloads(self, dst: int, start: int, count: int) -> None:
-        """Sum elements start.. of every rank's payload, in the order of ranks, on all ranks alike."""
-        how, rounds = self.how, self.core.rounds
-        total = ctypes.create_string_buffer(max(count * how.wire_itemsize, 1))
-        at = ctypes.addressof(total)
-        how.widen(at, rounds.payload(0) + start * how.itemsize, count)
-        for rank in range(1, rounds.size):
-            how.combine(at, rounds.payload(rank) + start * how.itemsize, count)
-        how.finish(dst, at, count)
-
-
-class ReduceScatter(_Reducing):
-    """Every rank's shard of the sum of all ranks' arrays."""
-
-    collective, name = "reduce_scatter", "decomposed_reduce_scatter"
-
-    def prepare(self, recv: Any) -> None:
-        self.how = reduction(self.options.op, self.send.dtype, self.core.size)
-        if not self.send.shape:
-            raise ArgumentError("send must have an axis 0 to be scattered along, got a 0-d array")
-        rows, rest = Shape.of(self.send.shape)
-        self._row_elements = 1
-        for extent in rest:
-            self._row_elements *= extent
-        self._rows = self._split(rows)
-        before = sum(self._rows[: self.core.rank]) * self._row_elements * self.send.itemsize
-        self.out = self.receive(recv, (self._rows[self.core.rank], *rest), None)
-        if recv is not None and arrays.overlap(self.send, self.out) and self.out.address != self.send.address + before:
-            raise ArgumentError("recv must not overlap send, unless it is exactly this rank's own part of it")
-
-    def receive(self, recv: Any, shape: tuple[int, ...], in_place: int | None) -> Buffer:
-        """Here `recv` may lie in `send`."""
-        if recv is None:
-            return super().receive(recv, shape, in_place)
-        out = arrays.describe(recv, "recv")
-        return super().receive(recv, shape, self.send.address - out.address)
-
-    def _split(self, rows: int) -> tuple[int, ...]:
-        counts, size = self.options.counts, self.core.size
-        if counts is None:
-            if rows % size:
-                raise ArgumentError(
-                    f"send must have an axis 0 that {size} ranks divide, got {rows} rows; give counts for uneven parts"
-                )
-            return (rows // size,) * size
-        if len(counts) != size or sum(counts) != rows or min(counts) < 0:
-            raise ArgumentError(f"counts must be {size} numbers >= 0 that add up to send's {rows} rows, got {counts}")
-        return counts
-
-    def counts(self) -> tuple[int, ...]:
-        return tuple(rows * self._row_elements for rows in self._rows)
-
-    def programs(self, schedule: Schedule) -> tuple[Program, ...]:
-        return (reduce_program(schedule, self.core.rank, self.counts(), self.how),)
-
-    def bases(self) -> Sequence[dict[str, int]]:
-        assert self.out is not None
-        return ({"send": self.send.address, "recv": self.out.address},)
-
-    def unpack(self) -> None:
-        assert self.out is not None
-        counts = self.counts()
-        self._reduce_payloads(self.out.address, sum(counts[: self.core.rank]), counts[self.core.rank])
-
-
-class AllReduce(_Reducing):
-    """The sum of all ranks' arrays on every rank: a reduce-scatter of parts, then their allgather."""
-
-    collective, name = "allreduce", "decomposed_allreduce"
-
-    def prepare(self, recv: Any) -> None:
-        self.how = reduction(self.options.op, self.send.dtype, self.core.size)
-        self._elements = self.send.nbytes // self.how.itemsize
-        self.out = self.receive(recv, self.send.shape, 0)
-
-    def counts(self) -> tuple[int, ...]:
-        """Parts of nearly equal size that begin on cache lines."""
-        bounds = cut(self._elements, uniform_weights(self.core.size), max(ALIGN // self.how.itemsize, 1))
-        return tuple(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
-
-    def programs(self, schedule: Schedule) -> tuple[Program, ...]:
-        first, second = schedule.phases()
-        reduce = reduce_program(first, self.core.rank, self.counts(), self.how)
-        return reduce, gather_program(second, self.core.rank, self.sizes())
-
-    def bases(self) -> Sequence[dict[str, int]]:
-        assert self.out is not None
-        mine = self.out.address + (0, *accumulate(self.sizes()))[self.core.rank]
-        return {"send": self.send.address, "recv": mine}, {"send": mine, "recv": self.out.address}
-
-    def unpack(self) -> None:
-        assert self.out is not None
-        self._reduce_payloads(self.out.address, 0, self._elements)
-
-
-class AllToAll(Collective):
-    """Block d of each rank's array goes to rank d; the result has the blocks in the order of their ranks."""
-
-    collective, name = "all_to_all", "all_to_all"
-
-    def key(self) -> tuple[Any, ...]:
-        return self.send.shape, self.send.dtype
-
-    def prepare(self, recv: Any) -> None:
-        size = self.core.size
-        if not self.send.shape or self.send.shape[0] % size:
-            raise ArgumentError(f"send must have an axis 0 that {size} ranks divide, got shape {self.send.shape}")
-        self._block = self.send.nbytes // size
-        self.out = self.receive(recv, self.send.shape, None)
-
-    def sizes(self) -> tuple[int, ...]:
-        return (self._block,) * self.core.size
-
-    def _choose(self) -> Choice:
-        return Choice("direct")
-
-    def programs(self, schedule: Schedule) -> tuple[Program, ...]:
-        return (all_to_all_program(schedule, self.core.rank, self._block),)
-
-    def bases(self) -> Sequence[dict[str, int]]:
-        assert self.out is not None
-        return ({"send": self.send.address, "recv": self.out.address},)
-
-    def own(self) -> None:
-        self._place(self.core.rank, self.send.address)
-
-    def unpack(self) -> None:
-        for rank in range(self.core.size):
-            self._place(rank, self.core.rounds.payload(rank))
-
-    def _place(self, rank: int, address: int) -> None:
-        """Put this rank's block of the array at `address`, which `rank` sent, where it belongs."""
-        assert self.out is not None
-        ctypes.memmove(self.out.address + rank * self._block, address + self.core.rank * self._block, self._block)

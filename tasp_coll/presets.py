@@ -124,6 +124,4 @@ def preset(spec: str) -> Topology:
         if match := re.fullmatch(entry.pattern, spec):
             numbers = [text for text in match.groups() if text is not None]
             return entry.build(spec, *(int(text) if text.isdigit() else Fraction(text) for text in numbers))
-    raise TopologyError(
-        f"spec must be a preset's (sizes from 1, ratio above 0), got {spec!r}:\n{KNOWN_SPECS}"
-    )
+    raise TopologyError(f"spec must be a preset's (sizes from 1, ratio above 0), got {spec!r}:\n{KNOWN_SPECS}")

@@ -64,9 +64,7 @@ class Steps(Sequence[tuple[Transfer, ...]]):
     def __getitem__(self, index: int) -> tuple[Transfer, ...]: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[tuple[Transfer, ...], ...]: ...
-    def __getitem__(
-        self, index: int | slice
-    ) -> tuple[Transfer, ...] | tuple[tuple[Transfer, ...], ...]:
+    def __getitem__(self, index: int | slice) -> tuple[Transfer, ...] | tuple[tuple[Transfer, ...], ...]:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         step = range(len(self))[index]
@@ -320,9 +318,7 @@ def _plan_all_to_all(topology: Topology, algorithm: str, counts: tuple[int, ...]
         raise ArgumentError(f"counts does not apply to all_to_all, whose blocks are equal, got {counts!r}")
     n = topology.ranks
     share = _direct_share(topology, Fraction(1, n))
-    return Schedule(
-        topology, "all_to_all", "direct", AllToAllPattern(n), uniform_weights(n), capacity_share=share
-    )
+    return Schedule(topology, "all_to_all", "direct", AllToAllPattern(n), uniform_weights(n), capacity_share=share)
 
 
 def _direct_share(topology: Topology, chunk: Fraction) -> Fraction | None:

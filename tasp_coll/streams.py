@@ -19,7 +19,8 @@ from tasp_coll.core import SLOTS, Compiled, Core, Shape
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.executor import Flow, Piece, Program
 from tasp_coll.operations import Call, Collective, Options, Steps
-from tasp_coll.programs import gather_steps_program, reduce_steps_program
+from tasp_coll.programs import gather_steps_program
+from tasp_coll.reduce_programs import reduce_steps_program
 from tasp_coll.reduction import reduction
 from tasp_coll.schedule import Schedule
 from tasp_coll.tuning import Choice
@@ -228,7 +229,8 @@ class _Stream(Iterator[Arrival]):
         send = self._opened.send
         if not send.nbytes:
             return np.empty(0, np.uint8)
-        return np.frombuffer((ctypes.c_char * send.nbytes).from_address(send.address), np.uint8)
+        memory: Any = (ctypes.c_char * send.nbytes).from_address(send.address)
+        return np.frombuffer(memory, np.uint8)
 
 
 class GatherStream(_Stream):
@@ -280,4 +282,3 @@ def open_reduce(core: Core, recv: Any, options: Options) -> ReduceStream:
         opened.error = ArgumentError(f"recv must be contiguous, got a strided array of shape {opened.send.shape}")
     compiled = core.engine.run(opened)
     return ReduceStream(core, opened, compiled, {"recv": opened.send.address})
-

@@ -147,9 +147,7 @@ class Topology:
                 raise TopologyError(f"environment variable {ENVIRONMENT}: {error}") from error
         topology = value if isinstance(value, Topology) else _named(value)
         if topology.ranks != ranks:
-            raise TopologyError(
-                f"topology {topology.name!r} has {topology.ranks} ranks, but {ranks} take part"
-            )
+            raise TopologyError(f"topology {topology.name!r} has {topology.ranks} ranks, but {ranks} take part")
         return topology
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -354,9 +352,7 @@ def _canonical(ranks: int, switches: tuple[str, ...], links: Iterable[Link]) -> 
     """The links, checked and in order; a mesh of equal links becomes MeshLinks (which need no check)."""
     if isinstance(links, MeshLinks):
         if links.ranks != ranks:
-            raise TopologyError(
-                f"links must mesh the topology's {ranks} ranks, got MeshLinks of {links.ranks}"
-            )
+            raise TopologyError(f"links must mesh the topology's {ranks} ranks, got MeshLinks of {links.ranks}")
         return links if ranks > 1 else ()
     links = tuple(links)
     _check_links(ranks, frozenset(switches), links)
@@ -383,9 +379,7 @@ def _check_links(ranks: int, switches: frozenset[str], links: Sequence[object]) 
             raise _LinkError(i, "", f"must be a Link, got {link!r}")
         for name, node in (("source", link.source), ("target", link.target)):
             if not _is_node(node, ranks, switches):
-                raise _LinkError(
-                    i, name, f"must be a rank in 0..{ranks - 1} or a switch's name, got {node!r}"
-                )
+                raise _LinkError(i, name, f"must be a rank in 0..{ranks - 1} or a switch's name, got {node!r}")
         if link.source == link.target:
             raise _LinkError(i, "", f"must join two nodes, got a link from {link.source!r} to itself")
         if fault := _rate_fault(link.GBps, link.latency_us):
@@ -401,9 +395,7 @@ def _check_connected(ranks: int, links: Sequence[Link]) -> None:
     for rank in range(1, ranks):
         if rank not in ahead or rank not in back:
             src, dst = (0, rank) if rank not in ahead else (rank, 0)
-            raise TopologyError(
-                f"links must connect every rank to every other, but none lead from {src} to {dst}"
-            )
+            raise TopologyError(f"links must connect every rank to every other, but none lead from {src} to {dst}")
 
 
 def _neighbours(arcs: Iterable[tuple[Node, Node]]) -> dict[Node, list[Node]]:
@@ -434,9 +426,7 @@ def _named(value: object) -> Topology:
     from tasp_coll.presets import KNOWN_SPECS, is_preset
 
     if not isinstance(value, (str, os.PathLike)):
-        raise ArgumentTypeError(
-            f"topology must be a Topology, a preset's spec, a path or None, got {value!r}"
-        )
+        raise ArgumentTypeError(f"topology must be a Topology, a preset's spec, a path or None, got {value!r}")
     if isinstance(value, str) and is_preset(value):
         return Topology.preset(value)
     if isinstance(value, str) and not os.path.exists(value):

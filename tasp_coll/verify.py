@@ -234,4 +234,3 @@ def _check_direct(schedule: Schedule, pattern: DirectPattern | AllToAllPattern) 
     if pattern.steps:
         rows = pattern.transfers(0)
         _check_capacity(schedule, 0, rows, units[rows[:, 3]], unit)
-

@@ -73,9 +73,7 @@ def mpirun(
             _kill(job)
             if isinstance(reason, subprocess.TimeoutExpired):
                 printed = _content(out) + _content(err)
-                raise TimeoutError(
-                    f"{ranks} ranks of {arguments} killed after {timeout} s\n{printed}"
-                ) from None
+                raise TimeoutError(f"{ranks} ranks of {arguments} killed after {timeout} s\n{printed}") from None
             raise
         return subprocess.CompletedProcess(job.args, job.returncode, _content(out), _content(err))
 

@@ -439,9 +439,7 @@ def test_packing_any_torch_strides(torch: Any, data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))
     source = torch.arange(int(np.prod(shape)), dtype=torch.float32).to(torch.bfloat16).reshape(shape)
     source = source.permute(data.draw(st.permutations(range(source.dim()))))
-    source = source[
-        tuple(slice(data.draw(st.integers(0, 3)), None, data.draw(st.integers(1, 3))) for _ in shape)
-    ]
+    source = source[tuple(slice(data.draw(st.integers(0, 3)), None, data.draw(st.integers(1, 3))) for _ in shape)]
     source = source.expand(data.draw(st.integers(1, 3)), *source.shape)
     dense = packed(describe(source, "send"))
     assert (dense.kind, dense.dtype, dense.shape) == ("torch", "bfloat16", tuple(source.shape))
@@ -522,9 +520,7 @@ def test_exporters_get_numpy_views() -> None:
 # -------------------------------------------------------------------------------------------------- overlap
 
 
-@given(
-    a=st.lists(SLICES, min_size=2, max_size=2), b=st.lists(SLICES, min_size=2, max_size=2), flip=st.booleans()
-)
+@given(a=st.lists(SLICES, min_size=2, max_size=2), b=st.lists(SLICES, min_size=2, max_size=2), flip=st.booleans())
 def test_overlap_is_that_of_the_byte_bounds(a: list[slice], b: list[slice], flip: bool) -> None:
     memory = np.zeros((6, 6), np.int16)
     first, second = memory[tuple(a)], memory[tuple(b)]
@@ -558,6 +554,4 @@ def test_no_framework_is_imported() -> None:
     )
     root = Path(tasp_coll.arrays.__file__).parent.parent
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": path}
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": path})

@@ -37,9 +37,7 @@ def every_cut(topology: Topology) -> Fraction:
         held = sum(rank in inside for rank in range(topology.ranks))
         leaving = [link for link in topology.links if link.source in inside and link.target not in inside]
         if 0 < held < topology.ranks:
-            worst = max(
-                worst, Fraction(held) / sum((Fraction(str(link.GBps)) for link in leaving), Fraction(0))
-            )
+            worst = max(worst, Fraction(held) / sum((Fraction(str(link.GBps)) for link in leaving), Fraction(0)))
     return worst
 
 

@@ -15,15 +15,11 @@ MpiRun = Callable[..., CompletedProcess[str]]
 SUITE = Path(__file__).parent / "mpi"
 
 
-def run_suite(
-    mpirun: MpiRun, ranks: int, suite: Path = SUITE, *, limit_s: float = 60
-) -> CompletedProcess[str]:
+def run_suite(mpirun: MpiRun, ranks: int, suite: Path = SUITE, *, limit_s: float = 60) -> CompletedProcess[str]:
     """A test gets `limit_s`: faulthandler's thread needs no GIL, so it ends a rank that hangs in MPI too."""
     options = ["-c", "pyproject.toml", "-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0"]
     options += ["-o", f"faulthandler_timeout={limit_s}", "-o", "faulthandler_exit_on_timeout=true"]
-    return mpirun(
-        ranks, ["-m", "pytest", suite, *options], timeout=240, env={"TASP_COLL_MPI_RANKS": str(ranks)}
-    )
+    return mpirun(ranks, ["-m", "pytest", suite, *options], timeout=240, env={"TASP_COLL_MPI_RANKS": str(ranks)})
 
 
 def suite_of(directory: Path, body: str) -> Path:

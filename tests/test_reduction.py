@@ -72,11 +72,7 @@ def expected(rule: Reduction, contributions: list[Array]) -> Array:
 
 def samples(dtype: str, ranks: int, count: int) -> list[Array]:
     random = np.random.default_rng(ranks * 1000 + count)
-    values = (
-        random.integers(-100, 100, (ranks, count))
-        if dtype != "bool"
-        else random.integers(0, 2, (ranks, count))
-    )
+    values = random.integers(-100, 100, (ranks, count)) if dtype != "bool" else random.integers(0, 2, (ranks, count))
     parts: Array = values / 7 if dtype in FLOATS else values
     parts = parts * (1 + 2j) if dtype in COMPLEX else parts
     return [part.astype(stored(dtype)) for part in parts]
@@ -163,9 +159,7 @@ def test_unaligned_memory_and_its_surroundings(dtype: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_nan_and_infinity(op: str, dtype: str) -> None:
     nan, inf = np.nan, np.inf
-    parts = [
-        np.array(row).astype(stored(dtype)) for row in ([nan, 1, inf, inf, -inf], [1, nan, inf, -inf, 1])
-    ]
+    parts = [np.array(row).astype(stored(dtype)) for row in ([nan, 1, inf, inf, -inf], [1, nan, inf, -inf, 1])]
     got = run(reduction(op, dtype, 2), parts).astype(np.float64)
     assert np.isnan(got[:2]).all()
     pairs = {
@@ -267,16 +261,8 @@ def test_bfloat16_rounds_like_torch() -> None:
         ("sum", ">f4", 2, "^dtype must be reducible"),
         ("max", "|S5", 2, "^dtype must be reducible"),
         ("sum", "float32", 0, "^ranks must be at least 1; got 0"),
-        *[
-            ("avg", dtype, 2, f"^op 'avg' needs floating-point.*'{dtype}'")
-            for dtype in DTYPES
-            if dtype not in FLOATS
-        ],
-        *[
-            (op, dtype, 2, f"^op '{op}' needs elements with an order")
-            for op in ("min", "max")
-            for dtype in COMPLEX
-        ],
+        *[("avg", dtype, 2, f"^op 'avg' needs floating-point.*'{dtype}'") for dtype in DTYPES if dtype not in FLOATS],
+        *[(op, dtype, 2, f"^op '{op}' needs elements with an order") for op in ("min", "max") for dtype in COMPLEX],
     ],
 )
 def test_refusals(op: Any, dtype: str, ranks: int, pattern: str) -> None:

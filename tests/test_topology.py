@@ -111,9 +111,7 @@ def test_order_of_links_and_kinds_of_numbers_do_not_matter(topology: Topology, r
         return node if isinstance(node, str) else np.int64(node)
 
     shuffled = [
-        Link(wide(link.source), wide(link.target), np.float64(link.GBps), -0.0)
-        if link.latency_us == 0
-        else link
+        Link(wide(link.source), wide(link.target), np.float64(link.GBps), -0.0) if link.latency_us == 0 else link
         for link in topology.links
     ]
     random.shuffle(shuffled)
@@ -291,9 +289,7 @@ def test_routes_are_shortest_and_spare_other_ranks(topology: Topology) -> None:
                 assert all(isinstance(u, str) for u, _ in path[1:])
 
 
-@pytest.mark.parametrize(
-    "spec, load", [("hypercube:3", 4), ("hypercube:5", 16), ("torus:4x4", 8), ("torus:8x8", 64)]
-)
+@pytest.mark.parametrize("spec, load", [("hypercube:3", 4), ("hypercube:5", 16), ("torus:4x4", 8), ("torus:8x8", 64)])
 def test_direct_exchange_loads_regular_graphs_evenly(spec: str, load: int) -> None:
     topology = Topology.preset(spec)
     ranks = range(topology.ranks)
@@ -309,9 +305,7 @@ def test_routes_of_two_nodes() -> None:
     assert Topology.preset("nvswitch:3").path(2, 0) == ((2, "nvswitch0"), ("nvswitch0", 0))
 
 
-@pytest.mark.parametrize(
-    "src, dst, named", [(8, 0, "src"), (0, -1, "dst"), (0, "fabric", "dst"), (True, 0, "src")]
-)
+@pytest.mark.parametrize("src, dst, named", [(8, 0, "src"), (0, -1, "dst"), (0, "fabric", "dst"), (True, 0, "src")])
 def test_routes_run_between_ranks(src: Any, dst: Any, named: str) -> None:
     for spec in ("full_mesh:8", "nvswitch:8", "torus:2x4"):
         with pytest.raises(ArgumentError, match=named):
@@ -354,9 +348,7 @@ def test_without_link_keeps_ranks_connected() -> None:
 
 
 @given(topologies())
-def test_files_bring_back_what_was_saved(
-    tmp_path_factory: pytest.TempPathFactory, topology: Topology
-) -> None:
+def test_files_bring_back_what_was_saved(tmp_path_factory: pytest.TempPathFactory, topology: Topology) -> None:
     path = tmp_path_factory.mktemp("saved") / "topology.json"
     topology.save(path)
     again = Topology.from_file(path)

@@ -118,9 +118,7 @@ class _LoopbackBatch:
             (sender, i), (receiver, j) = lane.sends.popleft(), lane.receives.popleft()
             source, target = sender.ops[i], receiver.ops[j]
             if source.nbytes > target.nbytes:
-                raise CollectiveError(
-                    f"a message of {source.nbytes} bytes came for a receive of {target.nbytes} bytes"
-                )
+                raise CollectiveError(f"a message of {source.nbytes} bytes came for a receive of {target.nbytes} bytes")
             ctypes.memmove(target.address, source.address, source.nbytes)
             sender._done.append(i)
             receiver._done.append(j)

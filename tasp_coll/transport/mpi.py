@@ -1,6 +1,6 @@
 """Messages over MPI, in host memory: persistent requests, polled so that every wait can end.
 
-mpi4py is imported here and in `bootstrap` only.
+mpi4py is imported here and in `bootstrap` only, and by neither before a communicator is made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from mpi4py.util.dtlib import from_numpy_dtype
 
 from tasp_coll.errors import CollectiveError
 from tasp_coll.transport import NativeRequest, Op
@@ -117,10 +116,10 @@ class _MpiBatch:
         if not found:
             return []
         done = [self._numbers[place] for place in found]
-        for place in sorted(found, reverse=True):
-            for held in (self._active, self._numbers):
-                held[place] = held[-1]
-                held.pop()
+        for place in sorted(found, reverse=True):  # the last one takes the place of one that is done
+            self._active[place], self._numbers[place] = self._active[-1], self._numbers[-1]
+            self._active.pop()
+            self._numbers.pop()
         return done
 
     def test_all(self) -> bool:
@@ -149,7 +148,7 @@ def _reducible(request: NativeRequest) -> bool:
 
 
 def _spec(request: NativeRequest, address: int, count: int) -> list[Any]:
-    datatype = MPI.BYTE if request.dtype is None else from_numpy_dtype(np.dtype(request.dtype))
+    datatype = MPI.BYTE if request.dtype is None else MPI.Datatype.fromcode(np.dtype(request.dtype).char)
     return [MPI.buffer.fromaddress(address, count * request.itemsize), count, datatype]
 
 
