@@ -11,46 +11,60 @@ from tasp_coll.patterns import Rows
 from tasp_coll.schedule import Schedule
 from tasp_coll.topology import Node, Topology
 
+Direction = tuple[Node, Node]
+
 
 @dataclass(frozen=True)
 class StepLoad:
-    """Loads of the links that a step uses, in units of 1/`unit` of a shard; `rows[i]` are the transfers counted."""
+    """Loads of the links that a step uses, in the unit of the amounts. Of a full mesh `names` are src * n + dst."""
 
-    links: list[tuple[Node, Node]]
+    topology: Topology
+    names: NDArray[np.int64] | tuple[Direction, ...]
     load: NDArray[np.int64]
-    users: NDArray[np.int64]
 
-    def worst(self, limit: NDArray[np.float64]) -> tuple[int, int] | None:
-        """(link index, transfer index) of a link that carries more than its limit."""
-        over = np.flatnonzero(self.load > limit * (1 + 1e-9))
-        return (int(over[0]), int(self.users[over[0]])) if len(over) else None
+    @property
+    def links(self) -> tuple[Direction, ...]:
+        """The links, in the order of `load`."""
+        return tuple(self.link(index) for index in range(len(self.load)))
+
+    def link(self, index: int) -> Direction:
+        """One of the links."""
+        if isinstance(self.names, tuple):
+            return self.names[index]
+        return divmod(int(self.names[index]), self.topology.ranks)
+
+    def limits(self, share: float) -> NDArray[np.float64]:
+        """`share` for links of the highest rate in the topology, less in proportion for slower ones."""
+        if self.topology.is_full_mesh or self.topology.is_single_switch:
+            return np.full(len(self.load), share)
+        rates = np.array([self.topology.GBps(u, v) for u, v in self.links])
+        return share * rates / max(link.GBps for link in self.topology.links)
+
+    def worst(self, share: float) -> int | None:
+        """Index of a link that carries more than its share, if there is one."""
+        over = np.flatnonzero(self.load > self.limits(share) * (1 + 1e-9))
+        return int(over[0]) if len(over) else None
 
 
 def chunk_units(schedule: Schedule) -> tuple[int, NDArray[np.int64]]:
-    """A common denominator of the weights and each chunk's weight in that unit."""
-    unit = int(np.lcm.reduce([weight.denominator for weight in schedule.weights]))
-    return unit, np.array([int(weight * unit) for weight in schedule.weights], dtype=np.int64)
+    """A common denominator of the weights, and each chunk's weight in that unit."""
+    unit = int(np.lcm.reduce([weight.denominator for weight in set(schedule.weights)]))
+    return unit, np.array([weight.numerator * (unit // weight.denominator) for weight in schedule.weights], np.int64)
 
 
 def step_load(topology: Topology, rows: Rows, amount: NDArray[np.int64]) -> StepLoad:
-    """Add `amount` of each transfer to every link on its path. Raises ScheduleError where there is no path."""
+    """Add `amount` of each transfer to every link on its path."""
     if topology.is_full_mesh:
-        codes = rows[:, 0] * topology.ranks + rows[:, 1]
-        used, first, where = np.unique(codes, return_index=True, return_inverse=True)
-        links: list[tuple[Node, Node]] = [divmod(code, topology.ranks) for code in used.tolist()]
-        return StepLoad(links, np.bincount(where, amount, len(used)).astype(np.int64), first)
-    total: dict[tuple[Node, Node], int] = {}
-    user: dict[tuple[Node, Node], int] = {}
-    for index, ((src, dst, *_), part) in enumerate(zip(rows.tolist(), amount.tolist(), strict=True)):
+        dense = np.bincount(rows[:, 0] * topology.ranks + rows[:, 1], amount, topology.ranks**2)
+        used = np.flatnonzero(dense)
+        return StepLoad(topology, used, dense[used].astype(np.int64))
+    total: dict[Direction, int] = {}
+    for (src, dst), part in zip(rows[:, :2].tolist(), amount.tolist(), strict=True):
         for link in topology.path(src, dst):
             total[link] = total.get(link, 0) + part
-            user.setdefault(link, index)
-    return StepLoad(list(total), np.array(list(total.values()), np.int64), np.array(list(user.values()), np.int64))
+    return StepLoad(topology, tuple(total), np.array(list(total.values()), np.int64))
 
 
-def link_limits(topology: Topology, links: list[tuple[Node, Node]], share: float) -> NDArray[np.float64]:
-    """`share` of a shard for links of the highest rate in use, less in proportion for slower ones."""
-    if topology.is_full_mesh or topology.is_single_switch:
-        return np.full(len(links), share)
-    rates = np.array([topology.GBps(u, v) for u, v in links])
-    return share * rates / max(link.GBps for link in topology.links)
+def user_of(topology: Topology, rows: Rows, link: Direction) -> int:
+    """Index of the first transfer whose path has the link."""
+    return next(i for i, (src, dst, *_) in enumerate(rows.tolist()) if link in topology.path(src, dst))

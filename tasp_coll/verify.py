@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tasp_coll.errors import ArgumentError, ScheduleError
 from tasp_coll.hamilton import is_hamiltonian_cycle
-from tasp_coll.loads import chunk_units, link_limits, step_load
+from tasp_coll.loads import chunk_units, step_load, user_of
 from tasp_coll.patterns import (
     AllToAllPattern,
     ChainedPattern,
@@ -35,7 +35,8 @@ def verify(schedule: Schedule, method: str = "auto") -> None:
     """Raise ScheduleError that names step, rank, ring and chunk of the first fault; see `Schedule.verify`."""
     if method not in ("auto", "replay", "structure"):
         raise ArgumentError(f"method must be 'auto', 'replay' or 'structure', got {method!r}")
-    if sum(schedule.weights) != 1 or min(schedule.weights) < 0:
+    kinds = set(schedule.weights)
+    if sum(weight * schedule.weights.count(weight) for weight in kinds) != 1 or min(kinds) < 0:
         raise ScheduleError(f"the chunks' weights must be >= 0 and add up to 1, they are {schedule.weights}")
     small = schedule.ranks**2 * schedule.chunks <= REPLAY_CELLS
     if method == "structure" or (method == "auto" and not small and schedule.algorithm != "custom"):
@@ -82,21 +83,29 @@ def _check_steps(schedule: Schedule) -> None:
 
 def _check_capacity(schedule: Schedule, step: int, rows: Rows, amount: NDArray[np.int64], unit: int) -> None:
     load = step_load(schedule.topology, rows, amount)
-    if schedule.capacity_share is None:
+    share = schedule.capacity_share
+    worst = None if share is None else load.worst(float(share * unit))
+    if worst is None:
         return
-    worst = load.worst(link_limits(schedule.topology, load.links, float(schedule.capacity_share * unit)))
-    if worst is not None:
-        link, row = worst
-        u, v = load.links[link]
-        rule = f"link {u} -> {v} carries {load.load[link]}/{unit} of a shard, its share is {schedule.capacity_share}"
-        raise _fault(schedule, step, rows[row], rule)
+    u, v = load.link(worst)
+    rule = f"link {u} -> {v} carries {load.load[worst]}/{unit} of a shard, its share is {share}"
+    raise _fault(schedule, step, rows[user_of(schedule.topology, rows, (u, v))], rule)
+
+
+def _codes(rows: Rows, bound: int) -> NDArray[np.int64]:
+    """One number for each row of numbers below `bound`; rows compare as their numbers do."""
+    code = rows[:, 0]
+    for column in rows.T[1:]:
+        code = code * bound + column
+    return code
 
 
 def _first_repeat(keys: Rows) -> int | None:
     """Index of a row that stands there a second time."""
-    order = np.lexsort(keys.T)
-    same = np.flatnonzero((keys[order][1:] == keys[order][:-1]).all(axis=1))
-    return int(order[same[0] + 1]) if len(same) else None
+    codes = _codes(keys, int(keys.max(initial=0)) + 1)
+    ordered = np.sort(codes)
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    return int(np.flatnonzero(codes == ordered[same[0]])[1]) if len(same) else None
 
 
 def _replay_gather(schedule: Schedule, steps: range) -> None:
@@ -175,7 +184,10 @@ def _check_pairs(schedule: Schedule) -> None:
         sends, receives = schedule.pattern.moves(rank)
         ours.append(np.insert(sends, 1, rank, axis=1))
         theirs.append(np.insert(receives, 2, rank, axis=1))
-    sent, expected = (rows[np.lexsort(rows.T[[0, 5, 2, 1]])] for rows in map(np.concatenate, (ours, theirs)))
+    sent, expected = map(np.concatenate, (ours, theirs))
+    bound = int(max(sent.max(initial=0), expected.max(initial=0))) + 1
+    lanes = [1, 2, 5, 0]  # src, dst, ring, step: at most one message each
+    sent, expected = (rows[np.argsort(_codes(rows[:, lanes], bound))] for rows in (sent, expected))
     shared = min(len(sent), len(expected))
     odd = np.flatnonzero((sent[:shared] != expected[:shared]).any(axis=1))
     if not len(odd) and len(sent) == len(expected):
