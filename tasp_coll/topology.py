@@ -7,7 +7,6 @@ that builds it from the same description. The links of an equal full mesh are im
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
-from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
@@ -125,11 +123,9 @@ class Topology:
 
         `name` (default: the file's stem), `switches`, `latency_us` (0) and `duplex` (false) may be left out.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            return _from_json(json.loads(text, object_pairs_hook=_object), Path(path).stem)
-        except (OSError, ValueError, RecursionError) as error:  # ValueError: TopologyError, and bad JSON
-            raise TopologyError(f"topology file {os.fspath(path)!r}: {error}") from error
+        from tasp_coll.topology_file import read
+
+        return read(Path(path))
 
     @staticmethod
     def resolve(value: Topology | str | os.PathLike[str] | None, ranks: int) -> Topology:
@@ -152,17 +148,9 @@ class Topology:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a topology file that `from_file` reads back equal; readers see all of it or nothing."""
-        head = {"name": self.name, "ranks": self.ranks, "switches": self.switches}
-        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "w", encoding="utf-8") as out:
-                out.write(json.dumps(head)[:-1] + ', "links": [')
-                for i, entry in enumerate(self._entries()):
-                    out.write(f"{',' if i else ''}\n  {json.dumps(entry)}")
-                out.write("\n]}\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        from tasp_coll.topology_file import write
+
+        write(self, Path(path))
 
     def without_link(self, a: Node, b: Node) -> Topology:
         """This topology with both directions of the link between nodes `a` and `b` dead.
@@ -278,18 +266,8 @@ class Topology:
             )
         return self._routes[src, through_ranks]
 
-    def _entries(self) -> Iterator[dict[str, Node | float | bool]]:
-        """The `links` of a topology file: two equal directions make one duplex entry."""
-        for link in self.links:
-            back = self.link(link.target, link.source)
-            duplex = back is not None and (back.GBps, back.latency_us) == (link.GBps, link.latency_us)
-            if duplex and _order(link.source) > _order(link.target):
-                continue
-            ends = {"from": link.source, "to": link.target}
-            yield {**ends, "GBps": link.GBps, "latency_us": link.latency_us, "duplex": duplex}
 
-
-class _LinkError(TopologyError):
+class LinkError(TopologyError):
     """A fault of one link: its index, the field ("" for the whole link) and the rule that it breaks."""
 
     def __init__(self, index: int, field: str, rule: str) -> None:
@@ -319,7 +297,7 @@ def _number(value: object) -> float | None:
         return math.inf
 
 
-def _order(node: Node) -> tuple[bool, int, str]:
+def order(node: Node) -> tuple[bool, int, str]:
     return (True, 0, node) if isinstance(node, str) else (False, node, "")
 
 
@@ -360,7 +338,7 @@ def _canonical(ranks: int, switches: tuple[str, ...], links: Iterable[Link]) -> 
         Link(_plain(link.source), _plain(link.target), float(link.GBps), float(link.latency_us) or 0.0)
         for link in links
     )
-    ordered = tuple(sorted(exact, key=lambda link: (_order(link.source), _order(link.target))))
+    ordered = tuple(sorted(exact, key=lambda link: (order(link.source), order(link.target))))
     _check_connected(ranks, ordered)
     if ranks > 1 and not switches and len(ordered) == ranks * (ranks - 1):
         mesh = MeshLinks(ranks, ordered[0].GBps, ordered[0].latency_us)
@@ -376,22 +354,22 @@ def _check_links(ranks: int, switches: frozenset[str], links: Sequence[object]) 
     first: dict[tuple[Node, Node], int] = {}
     for i, link in enumerate(links):
         if not isinstance(link, Link):
-            raise _LinkError(i, "", f"must be a Link, got {link!r}")
+            raise LinkError(i, "", f"must be a Link, got {link!r}")
         for name, node in (("source", link.source), ("target", link.target)):
             if not _is_node(node, ranks, switches):
-                raise _LinkError(i, name, f"must be a rank in 0..{ranks - 1} or a switch's name, got {node!r}")
+                raise LinkError(i, name, f"must be a rank in 0..{ranks - 1} or a switch's name, got {node!r}")
         if link.source == link.target:
-            raise _LinkError(i, "", f"must join two nodes, got a link from {link.source!r} to itself")
+            raise LinkError(i, "", f"must join two nodes, got a link from {link.source!r} to itself")
         if fault := _rate_fault(link.GBps, link.latency_us):
-            raise _LinkError(i, *fault)
+            raise LinkError(i, *fault)
         if first.setdefault((link.source, link.target), i) != i:
             ends = f"{link.source!r} to {link.target!r}"
-            raise _LinkError(i, "", f"is a second link from {ends}: give one with the rates added up")
+            raise LinkError(i, "", f"is a second link from {ends}: give one with the rates added up")
 
 
 def _check_connected(ranks: int, links: Sequence[Link]) -> None:
-    ahead = _breadth_first(_neighbours((link.source, link.target) for link in links), 0, _order, True)
-    back = _breadth_first(_neighbours((link.target, link.source) for link in links), 0, _order, True)
+    ahead = _breadth_first(_neighbours((link.source, link.target) for link in links), 0, order, True)
+    back = _breadth_first(_neighbours((link.target, link.source) for link in links), 0, order, True)
     for rank in range(1, ranks):
         if rank not in ahead or rank not in back:
             src, dst = (0, rank) if rank not in ahead else (rank, 0)
@@ -432,46 +410,3 @@ def _named(value: object) -> Topology:
     if isinstance(value, str) and not os.path.exists(value):
         raise TopologyError(f"topology {value!r} is neither a file nor a preset; presets are:\n{KNOWN_SPECS}")
     return Topology.from_file(value)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key may come twice."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise TopologyError(f"keys must come once in an object, got {[key for key, _ in pairs]}")
-    return table
-
-
-def _check_keys(where: str, value: object, required: set[str], optional: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TopologyError(f"{where} must be an object, got {value!r}")
-    if missing := required - value.keys():
-        raise TopologyError(f"{where} must have the key {min(missing)!r}")
-    if unknown := value.keys() - required - optional:
-        known = ", ".join(sorted(required | optional))
-        raise TopologyError(f"{where} has the unknown key {min(unknown)!r}; known are {known}")
-    return value
-
-
-def _from_json(value: object, stem: str) -> Topology:
-    top = _check_keys("the topology", value, {"ranks", "links"}, {"name", "switches"})
-    if not isinstance(top["links"], list):
-        raise TopologyError(f"links must be a list, got {top['links']!r}")
-    per_entry = [_links_of(i, entry) for i, entry in enumerate(top["links"])]
-    try:
-        links = tuple(chain.from_iterable(per_entry))
-        return Topology(top.get("name", stem), top["ranks"], top.get("switches", ()), links)
-    except _LinkError as error:  # it counts links; a duplex entry stands for two
-        entries = [i for i, both in enumerate(per_entry) for _ in both]
-        key = {"source": "from", "target": "to"}.get(error.field, error.field)
-        raise _LinkError(entries[error.index], key, error.rule) from None
-
-
-def _links_of(i: int, entry: object) -> tuple[Link, ...]:
-    link = _check_keys(f"links[{i}]", entry, {"from", "to", "GBps"}, {"latency_us", "duplex"})
-    duplex = link.get("duplex", False)
-    if not isinstance(duplex, bool):
-        raise _LinkError(i, "duplex", f"must be true or false, got {duplex!r}")
-    rates = link["GBps"], link.get("latency_us", 0.0)
-    there = Link(link["from"], link["to"], *rates)
-    return (there, Link(link["to"], link["from"], *rates)) if duplex else (there,)
