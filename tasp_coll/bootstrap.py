@@ -104,6 +104,7 @@ class Join:
     given: bool
     error: CollectiveError | None
     name: str = "Communicator"
+    phase: str = "making a communicator"
 
     def run(self) -> Generator[bool, None, tuple[str, ...]]:
         """The host names, by rank."""
@@ -149,6 +150,7 @@ class Spread:
     rounds: Rounds
     text: str
     name: str = "Communicator"
+    phase: str = "making a communicator"
 
     def run(self) -> Generator[bool, None, str]:
         """Rank 0's text."""

@@ -34,12 +34,13 @@ class Operation(Protocol):
     """What the engine runs."""
 
     name: str
+    phase: str  # what it is at, for messages: "agreeing on the call"
 
     def run(self) -> Generator[bool, None, Any]:
         """Yields whether progress was made since the last yield; returns the result."""
 
     def pending(self) -> tuple[set[int], int | None]:
-        """Peers that are waited for, and the step (None: the agreement before the first)."""
+        """Peers that are waited for, and the step (None where there are none)."""
 
 
 class Pollable(Protocol):
@@ -48,8 +49,8 @@ class Pollable(Protocol):
     def poll(self) -> bool:
         """Make progress; whether there was any."""
 
-    def pending(self) -> tuple[set[int], int | None]:
-        """As of an operation."""
+    def finish(self) -> None:
+        """Bring what is under way to its end."""
 
 
 class Work:
@@ -103,6 +104,7 @@ class Engine:
         self._queue: deque[Work] = deque()
         self._streams: dict[Pollable, Operation] = {}
         self._waiters = 0
+        self._driver: int | None = None  # the thread inside _advance
         self._thread: threading.Thread | None = None
         self._closed = False
         self.broken: str | None = None
@@ -209,7 +211,7 @@ class Engine:
         while (heard := self._transport.alarms()) != everyone and time.monotonic() < deadline:
             time.sleep(1e-3)
         silent = sorted((everyone - heard) or peers or everyone)
-        at = "before the first step" if step is None else f"at step {step}"
+        at = f"while {operation.phase}" if step is None else f"at step {step}"
         who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         why = f"within {waited:.3g} s" if not told else f"when rank {min(told)} gave up waiting"
         return PeerTimeoutError(
@@ -239,6 +241,8 @@ class Engine:
         if self._closed:
             return False
         if not self.broken:
+            for stream in list(self._streams):
+                stream.finish()
             while self._queue:
                 work = self._queue[0]
                 self.drive(lambda work=work: work.done, work.operation)  # type: ignore[misc]
@@ -252,6 +256,7 @@ class Engine:
     def _advance(self) -> bool:
         """Poll the first operation and all streams; whether anything moved. The lock is held."""
         progress = False
+        self._driver = threading.get_ident()
         while self._queue and self._queue[0].done:
             self._queue.popleft()
         if self._queue:
@@ -260,7 +265,13 @@ class Engine:
                 self._queue.popleft()
         for stream in list(self._streams):
             progress |= stream.poll()
+        self._driver = None
         return progress
+
+    @property
+    def inside(self) -> bool:
+        """Whether this very thread is polling: then it must not wait (as in a destructor)."""
+        return self._driver == threading.get_ident()
 
     # --- the background thread
 

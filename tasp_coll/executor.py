@@ -121,7 +121,7 @@ class Builder:
             self._staged,
             dict(self._gates),
             marks,
-            tuple(map(tuple, layout)),
+            tuple(tuple(sorted(pieces)) for pieces in layout),
         )
 
 

@@ -87,6 +87,7 @@ class Collective:
         self.core, self.options = core, options
         self.error: CollectiveError | None = None
         self.flow: Flow | None = None
+        self.phase = "agreeing on the call"
         self.out: Buffer | None = None
         self.given = recv
         self.chosen: Choice | None = None
@@ -103,7 +104,7 @@ class Collective:
 
     def again(self, send: Any, recv: Any) -> None:
         """Get ready to run once more with the arrays that it was made for."""
-        self.given, self.flow = recv, None
+        self.given, self.flow, self.phase = recv, None, "agreeing on the call"
         if recv is None:
             assert self.out is not None
             self.out = arrays.new(self.send._replace(owner=send), self.out.shape)
@@ -212,7 +213,9 @@ class Collective:
 
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for; see `engine.Operation`."""
-        return (self.core.rounds.pending(), None) if self.flow is None else self.flow.pending()
+        if self.flow is not None:
+            return self.flow.pending()
+        return self.core.rounds.pending(), None
 
     def agree(self) -> Steps:
         """The round that begins every call: all go on, or all raise."""
@@ -302,6 +305,7 @@ class Collective:
         return self.core.schedule(self.collective, self.chosen)
 
     def _run_programs(self, compiled: Compiled) -> Steps:
+        self.phase = "moving data"
         for index, bases in enumerate(self.bases()):
             self.flow = Flow(compiled.exchange(index, bases))
             if index == 0:
@@ -316,6 +320,7 @@ class Collective:
                 f"algorithm 'native': the {self.core.transport.name} transport has no {self.name} of its own for "
                 f"dtype {self.send.dtype} and op {self.options.op!r}"
             )
+        self.phase = f"in the {self.core.transport.name} library's own collective"
         request = self.core.transport.native(wanted)
         while not request.test():
             yield False

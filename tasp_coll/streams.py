@@ -7,7 +7,7 @@ background; the caller's side is an iterator that lets a step's memory go when t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,18 +145,62 @@ class OpenReduce(_Open):
         return (reduce_steps_program(schedule, self.core.rank, self.rows, self.row_elements, self.how),)
 
 
+class _Driver:
+    """The engine's side of an open stream. It knows nothing of the iterator, so that dropping that ends the stream."""
+
+    def __init__(self, core: Core, opened: _Open, compiled: Compiled, bases: dict[str, int]) -> None:
+        self.core, self.opened, self.compiled = core, opened, compiled
+        self.error: BaseException | None = None
+        self.ended = False
+        opened.phase = "moving data"
+        opened.flow = self.flow = Flow(compiled.exchange(0, bases))
+        core.engine.attach(self, opened)
+
+    def poll(self) -> bool:
+        """Make progress; an error is kept for the caller."""
+        if self.error is not None or self.flow.done:
+            return False
+        try:
+            return self.flow.poll()
+        except BaseException as error:
+            self.error = self.core.engine.judge(error, self.opened)
+            return True
+
+    def open(self, gate: object) -> None:
+        """Let go on what waits for the caller."""
+        with self.core.engine.lock:
+            self.flow.open(gate)
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Drive until then; raises what went wrong."""
+        self.core.engine.drive(lambda: self.error is not None or until(), self.opened)
+        if self.error is not None:
+            raise self.error
+
+    def finish(self) -> None:
+        """Carry out all that is left, with what is there, and detach."""
+        if self.ended:
+            return
+        self.ended = True
+        engine = self.core.engine
+        try:
+            if not engine.broken:
+                for gate in self.compiled.programs[0].gates:
+                    self.open(gate)
+                self.wait(lambda: self.flow.done)
+        finally:
+            engine.detach(self)
+            if not engine.broken:
+                self.core.streams.discard(self.opened.slot)
+
+
 class _Stream(Iterator[Arrival]):
     """An open stream; iterate over it, or leave early: then what is under way is brought to its end."""
 
-    def __init__(self, core: Core, opened: _Open, compiled: Compiled, bases: dict[str, int]) -> None:
-        self._core, self._opened, self._compiled = core, opened, compiled
-        self.name = opened.name
-        self._error: BaseException | None = None
+    def __init__(self, driver: _Driver) -> None:
+        self._driver = driver
         self._next = 0
-        self._closed = False
-        self._layout = compiled.programs[0].layout
-        opened.flow = self._flow = Flow(compiled.exchange(0, bases))
-        core.engine.attach(self, opened)
+        self._layout = driver.compiled.programs[0].layout
 
     def __iter__(self) -> _Stream:
         return self
@@ -168,111 +212,72 @@ class _Stream(Iterator[Arrival]):
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            self.close()
-
-    def poll(self) -> bool:
-        """For the engine: make progress; an error is kept for the caller."""
-        if self._error is not None or self._flow.done:
-            return False
-        try:
-            return self._flow.poll()
-        except BaseException as error:
-            self._error = self._core.engine.judge(error, self._opened)
-            return True
-
-    def pending(self) -> tuple[set[int], int | None]:
-        """Who is waited for."""
-        return self._flow.pending()
+        driver = getattr(self, "_driver", None)
+        if driver is not None and not driver.core.engine.inside:
+            driver.finish()
 
     def close(self) -> None:
         """End the stream: all ranks' remaining steps are carried out, with what is there. Waits for the peers."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if not self._core.engine.broken:
-                self._open_all()
-                self._wait(lambda: self._flow.done)
-        finally:
-            self._core.engine.detach(self)
-            if not self._core.engine.broken:
-                self._core.streams.discard(self._opened.slot)
+        self._driver.finish()
 
-    def _open_all(self) -> None:
-        for gate in self._compiled.programs[0].gates:
-            self._open_gate(gate)
-
-    def _open_gate(self, gate: object) -> None:
-        with self._core.engine.lock:
-            self._flow.open(gate)
-
-    def _wait(self, until: Any) -> None:
-        self._core.engine.drive(lambda: self._error is not None or until(), self._opened)
-        if self._error is not None:
-            self._closed = True
-            raise self._error
+    def _pieces(self, readonly: bool) -> Arrival:
+        step, self._next = self._next, self._next + 1
+        return Arrival(step, tuple(self._chunk(piece, readonly) for piece in self._layout[step]))
 
     def _chunk(self, piece: Piece, readonly: bool) -> Chunk:
-        like = self._opened.send
-        memory = self._compiled.staging
-        offset = piece.place.offset
+        like = self._driver.opened.send
+        memory, offset = self._driver.compiled.staging, piece.place.offset
         if piece.place.region == "send":
-            memory, offset = self._shard[offset : offset + piece.place.nbytes], 0
+            memory, offset = _memory(like.address + offset, piece.place.nbytes), 0
         # torch has no read-only view, only a copy: there the caller is trusted.
         shape = (piece.stop - piece.start, *Shape.of(like.shape).rest)
         data = arrays.view(like, memory, offset, shape, readonly=readonly and like.kind != "torch")
         return Chunk(piece.source, piece.ring, piece.start, piece.stop, data)
 
-    @property
-    def _shard(self) -> Any:
-        send = self._opened.send
-        if not send.nbytes:
-            return np.empty(0, np.uint8)
-        memory: Any = (ctypes.c_char * send.nbytes).from_address(send.address)
-        return np.frombuffer(memory, np.uint8)
+
+def _memory(address: int, nbytes: int) -> Any:
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    return np.frombuffer(memory, np.uint8)
 
 
 class GatherStream(_Stream):
     """Iterator over the arrivals of `allgather_steps`."""
 
     def __next__(self) -> Arrival:
-        step = self._next
-        if self._closed:
+        step, driver = self._next, self._driver
+        if driver.ended:
             raise StopIteration
         if step >= 2:
-            self._open_gate(("release", step - 2))
+            driver.open(("release", step - 2))
         if step == len(self._layout):
-            self.close()
+            driver.finish()
             raise StopIteration
         if step:
-            self._wait(lambda: self._flow.reached(("arrived", step - 1)))
-        self._next += 1
-        return Arrival(step, tuple(self._chunk(piece, True) for piece in self._layout[step]))
+            driver.wait(lambda: driver.flow.reached(("arrived", step - 1)))
+        return self._pieces(readonly=True)
 
 
 class ReduceStream(_Stream):
     """Iterator over the requests of `reduce_scatter_steps`."""
 
     def __next__(self) -> Arrival:
-        step = self._next
-        if self._closed:
+        step, driver = self._next, self._driver
+        if driver.ended:
             raise StopIteration
         if step:
-            self._open_gate(("fill", step - 1))
+            driver.open(("fill", step - 1))
         if step == len(self._layout):
-            self.close()
+            driver.finish()
             raise StopIteration
-        self._wait(lambda: self._flow.reached(("used", step - 2)))
-        self._next += 1
-        return Arrival(step, tuple(self._chunk(piece, False) for piece in self._layout[step]))
+        driver.wait(lambda: driver.flow.reached(("used", step - 2)))
+        return self._pieces(readonly=False)
 
 
 def open_gather(core: Core, send: Any, options: Options) -> GatherStream:
     """Agree, and start an allgather step by step."""
     opened = OpenGather(core, send, None, options)
     compiled = core.engine.run(opened)
-    return GatherStream(core, opened, compiled, {"send": opened.send.address})
+    return GatherStream(_Driver(core, opened, compiled, {"send": opened.send.address}))
 
 
 def open_reduce(core: Core, recv: Any, options: Options) -> ReduceStream:
@@ -281,4 +286,4 @@ def open_reduce(core: Core, recv: Any, options: Options) -> ReduceStream:
     if opened.error is None and not arrays.describe(recv, "recv").contiguous:
         opened.error = ArgumentError(f"recv must be contiguous, got a strided array of shape {opened.send.shape}")
     compiled = core.engine.run(opened)
-    return ReduceStream(core, opened, compiled, {"recv": opened.send.address})
+    return ReduceStream(_Driver(core, opened, compiled, {"recv": opened.send.address}))
