@@ -22,7 +22,7 @@ from tasp_coll.transport import Batch, Op, Transport
 
 HEADER_BYTES = 64  # one cache line, so that payloads are aligned
 NOT_INLINE = -1
-CONTROL_LANE = 0  # lane 0 of slot 0; data lanes begin at 1
+CONTROL_LANE = 0  # where no data travels
 _LAYOUT = struct.Struct("<16sqqqq")
 _PREPARED = 32
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tasp_coll.agreement import Header, Rounds, disagreement
+from tasp_coll.core import SLOTS, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
@@ -25,11 +26,8 @@ DEFAULT_TIMEOUT = 600.0
 _WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
 
 
-def connect(group: Any, lanes: int, timeout: float) -> Transport:
-    """The transport between the ranks of `group`: None (all of MPI), an mpi4py communicator, or a loopback rank.
-
-    lanes: message streams needed between two ranks, times the number of ranks.
-    """
+def connect(group: Any, timeout: float) -> Transport:
+    """The transport between the ranks of `group`: None (all of MPI), an mpi4py communicator, or a loopback rank."""
     if isinstance(group, LoopbackTransport):
         return group
     if group is not None and not type(group).__module__.startswith("mpi4py"):
@@ -43,7 +41,7 @@ def connect(group: Any, lanes: int, timeout: float) -> Transport:
     comm = MPI.COMM_WORLD if group is None else group
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise ArgumentTypeError(f"group must be an intracommunicator that this rank is in, got {comm!r}")
-    return MpiTransport(_duplicate(comm, timeout), (max(comm.size, 10) + 1) * lanes)
+    return MpiTransport(_duplicate(comm, timeout), (max_rings(comm.size) + 1) * SLOTS)
 
 
 def _mpi() -> Any:

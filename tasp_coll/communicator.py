@@ -23,7 +23,7 @@ from typing import Any
 from tasp_coll import bootstrap, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
-from tasp_coll.core import SLOTS, Core
+from tasp_coll.core import Core
 from tasp_coll.engine import Engine
 from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.operations import Collective, Options
@@ -64,7 +64,7 @@ class Communicator:
             seconds = bootstrap.timeout_seconds(timeout)
         except ArgumentError as bad:
             error = bad
-        transport = bootstrap.connect(group, SLOTS, seconds)
+        transport = bootstrap.connect(group, seconds)
         if stream is not None:
             error = error or ArgumentError(f"stream must be None for arrays in host memory, got {stream!r}")
         if self_heal:

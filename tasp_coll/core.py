@@ -24,6 +24,11 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
+def max_rings(ranks: int) -> int:
+    """How many rings a schedule on so many ranks may number: 10 on a mesh of 6, else less than ranks."""
+    return max(ranks, 10)
+
+
 class Cache(Generic[K, V]):
     """The `limit` values used last; `drop` is called with those that leave."""
 
@@ -64,6 +69,8 @@ class Compiled:
 
     def __init__(self, transport: Transport, programs: tuple[Program, ...], slot: int = 0) -> None:
         self._transport, self.programs, self._slot = transport, programs, slot
+        self.held = False  # by a stream, which outlives the call that opened it
+        self._unwanted = False
         self.staging = np.empty(max((program.stage_bytes for program in programs), default=0), np.uint8)
         self._exchanges: Cache[tuple[Hashable, ...], Exchange] = Cache(_ADDRESSES, Exchange.free)
 
@@ -77,8 +84,17 @@ class Compiled:
             self._exchanges.put(key, found)
         return found
 
+    def release(self) -> None:
+        """No stream uses it any more."""
+        self.held = False
+        if self._unwanted:
+            self.free()
+
     def free(self) -> None:
-        """Release requests and memory."""
+        """Release requests and memory, now or when no stream uses them any more."""
+        if self.held:
+            self._unwanted = True
+            return
         self._exchanges.clear()
         self.staging = np.empty(0, np.uint8)
 

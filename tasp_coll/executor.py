@@ -135,7 +135,7 @@ class Exchange:
         for index in self.messages:
             node = program.nodes[index]
             assert node.place is not None
-            lane = node.lane * slots + slot
+            lane = (node.lane + 1) * slots + slot  # below are the lanes of agreements
             ops.append(Op(node.send, node.peer, lane, self.address(node.place), node.place.nbytes))
         self.batch: Batch = transport.prepare(ops)
         self.number = {index: op for op, index in enumerate(self.messages)}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer
-from tasp_coll.core import Compiled, Core
+from tasp_coll.core import Compiled, Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
 from tasp_coll.schedule import Schedule
@@ -42,6 +42,11 @@ class Options(NamedTuple):
                 raise ArgumentError(
                     f"algorithm must be a schedule for {collective} on {core.topology.name!r}, got one for "
                     f"{self.algorithm.collective} on {self.algorithm.topology.name!r}"
+                )
+            if self.algorithm.ring_count > max_rings(core.size):
+                raise ArgumentError(
+                    f"algorithm must be a schedule whose rings are numbered below {max_rings(core.size)}, got ring "
+                    f"{self.algorithm.ring_count - 1}"
                 )
             core.proved(self.algorithm)
         elif self.algorithm not in ALGORITHMS:

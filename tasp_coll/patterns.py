@@ -7,6 +7,7 @@ the order of steps). The second costs no more than the rank's own transfers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,9 +139,7 @@ class ListedPattern:
         """Checks that ranks exist and numbers are not negative; the rest is for `verify`."""
         table = []
         for number, step in enumerate(steps):
-            listed = [tuple(transfer) for transfer in step]
-            for transfer in listed:
-                _check_transfer(transfer, number, ranks)
+            listed = [_checked_transfer(transfer, number, ranks) for transfer in step]
             table.append(np.array(listed, dtype=np.int64).reshape(-1, 5))
         return cls(ranks, tuple(table))
 
@@ -161,10 +160,13 @@ class ListedPattern:
         return rows[rows[:, 1] == rank][:, [0, 2, 3, 4, 5]], rows[rows[:, 2] == rank][:, [0, 1, 3, 4, 5]]
 
 
-def _check_transfer(transfer: tuple[int, ...], step: int, ranks: int) -> None:
-    if len(transfer) != 5:
-        raise ScheduleError(f"a transfer is (src, dst, origin, chunk, ring), got {transfer!r}", step=step)
-    src, dst, origin, chunk, ring = transfer
+def _checked_transfer(given: Sequence[int], step: int, ranks: int) -> tuple[int, ...]:
+    try:
+        transfer = tuple(operator.index(number) for number in given)
+        src, dst, origin, chunk, ring = transfer
+    except (TypeError, ValueError):
+        rule = f"a transfer is five integers, src, dst, origin, chunk, ring; got {given!r}"
+        raise ScheduleError(rule, step=step) from None
     place = {"step": step, "rank": src, "ring": ring, "chunk": chunk}
     for name, value in (("src", src), ("dst", dst), ("origin", origin)):
         if not 0 <= value < ranks:
@@ -173,6 +175,7 @@ def _check_transfer(transfer: tuple[int, ...], step: int, ranks: int) -> None:
         raise ScheduleError(f"rank {src} sends to itself", **place)
     if chunk < 0 or ring < 0:
         raise ScheduleError(f"chunk and ring must be >= 0, got {transfer!r}", **place)
+    return transfer
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,6 +103,13 @@ class Schedule:
         return len(self.weights)
 
     @property
+    def ring_count(self) -> int:
+        """One more than the highest number of a ring in its transfers."""
+        if isinstance(self.pattern, ListedPattern):
+            return 1 + max((int(rows[:, 4].max()) for rows in self.pattern.rows if len(rows)), default=0)
+        return max(len(self.rings), 1)
+
+    @property
     def steps(self) -> Steps:
         """The steps, a sequence of tuples of `Transfer`."""
         return Steps(self.pattern)

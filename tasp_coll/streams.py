@@ -153,6 +153,7 @@ class _Driver:
         self.error: BaseException | None = None
         self.ended = False
         opened.phase = "moving data"
+        compiled.held = True
         opened.flow = self.flow = Flow(compiled.exchange(0, bases))
         core.engine.attach(self, opened)
 
@@ -192,6 +193,7 @@ class _Driver:
             engine.detach(self)
             if not engine.broken:
                 self.core.streams.discard(self.opened.slot)
+                self.compiled.release()
 
 
 class _Stream(Iterator[Arrival]):
