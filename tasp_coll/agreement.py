@@ -11,11 +11,11 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasp_coll.errors import MismatchError
 from tasp_coll.transport import Batch, Op, Transport
@@ -55,15 +55,15 @@ class Rounds:
         self._signatures = self._memory[:, :16]
         self._header = self._memory[self.rank].data[: _LAYOUT.size]
         self._peers = [peer for peer in range(self.size) if peer != self.rank]
-        self._prepared: OrderedDict[int, Batch] = OrderedDict()
+        self._prepared: dict[int, Batch] = {}
         self._batch: Batch | None = None
 
     def post(self, header: bytes, address: int = 0, payload: int = 0) -> None:
         """Send this rank's packed header and `payload` bytes from `address` to all, and expect theirs."""
         self._header[:] = header
         ctypes.memmove(self._own + HEADER_BYTES, address, payload)
-        self._batch = self._batch_for(payload)
-        self._batch.start_all()
+        batch = self._batch = self._prepared.get(payload) or self._batch_for(payload)
+        batch.start_all()
 
     def poll(self) -> bool:
         """Whether the round is complete."""
@@ -91,21 +91,21 @@ class Rounds:
         """Address of the payload that `rank` sent, valid until the next round."""
         return self._base + rank * self.stride + HEADER_BYTES
 
+    def payloads(self, nbytes: int) -> NDArray[np.uint8]:
+        """The first bytes of every rank's payload, (size, nbytes), a view."""
+        return self._memory[:, HEADER_BYTES : HEADER_BYTES + nbytes]
+
     def text(self, rank: int) -> str:
         """The payload that `rank` sent, as text."""
         return ctypes.string_at(self.payload(rank), self.header(rank).payload).decode("utf-8", "replace")
 
     def _batch_for(self, payload: int) -> Batch:
-        batch = self._prepared.get(payload)
-        if batch is None:
-            slot = self.stride
-            receives = [Op(False, peer, CONTROL_LANE, self._base + peer * slot, slot) for peer in self._peers]
-            sends = [Op(True, peer, CONTROL_LANE, self._own, HEADER_BYTES + payload) for peer in self._peers]
-            batch = self._prepared[payload] = self._transport.prepare(receives + sends)
-            if len(self._prepared) > _PREPARED:
-                self._prepared.popitem(last=False)[1].free()
-        else:
-            self._prepared.move_to_end(payload)
+        slot = self.stride
+        receives = [Op(False, peer, CONTROL_LANE, self._base + peer * slot, slot) for peer in self._peers]
+        sends = [Op(True, peer, CONTROL_LANE, self._own, HEADER_BYTES + payload) for peer in self._peers]
+        if len(self._prepared) == _PREPARED:
+            self._prepared.pop(next(iter(self._prepared))).free()
+        batch = self._prepared[payload] = self._transport.prepare(receives + sends)
         return batch
 
 

@@ -11,6 +11,7 @@ Only frameworks that are already loaded are touched. Everything here is host mem
 from __future__ import annotations
 
 import array as stdarray
+import ctypes
 import sys
 from typing import Any
 
@@ -31,7 +32,7 @@ from .frameworks import (
     type_error,
 )
 
-__all__ = ["Buffer", "describe", "new", "overlap", "packed", "result", "view"]
+__all__ = ["Buffer", "describe", "memory_at", "new", "overlap", "packed", "result", "view"]
 
 _TORCH = Torch()
 _JAX = Jax()
@@ -109,6 +110,14 @@ def overlap(a: Buffer, b: Buffer) -> bool:
         return False
     (a_start, a_stop), (b_start, b_stop) = _span(a), _span(b)
     return a_start < b_stop and b_start < a_stop
+
+
+def memory_at(address: int, nbytes: int) -> NDArray:
+    """The bytes at an address, (nbytes,) uint8. Keeps nothing alive: for as long as the caller knows it to be."""
+    if not nbytes:
+        return np.empty(0, np.uint8)
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _span(buffer: Buffer) -> tuple[int, int]:

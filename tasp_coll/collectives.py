@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header
-from tasp_coll.arrays import Buffer
+from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Shape
 from tasp_coll.errors import ArgumentError, MismatchError
 from tasp_coll.executor import Program
@@ -30,6 +33,7 @@ class AllGather(Collective):
     """Shards of one shape, rank-major."""
 
     collective, name = "allgather", "decomposed_allgather"
+    _unpacking: tuple[int, NDArray[np.uint8], NDArray[np.uint8]] | None = None  # views for the address seen last
 
     def key(self) -> tuple[Any, ...]:
         return self.send.shape, self.send.dtype
@@ -50,10 +54,14 @@ class AllGather(Collective):
 
     def unpack(self) -> None:
         assert self.out is not None
-        at, rounds = self.out.address, self.core.rounds
-        for rank, nbytes in enumerate(self.sizes()):
-            ctypes.memmove(at, rounds.payload(rank), nbytes)
-            at += nbytes
+        nbytes = self.send.nbytes
+        if not nbytes:
+            return
+        if self._unpacking is None or self._unpacking[0] != self.out.address:
+            target = memory_at(self.out.address, self.core.size * nbytes).reshape(self.core.size, nbytes)
+            self._unpacking = self.out.address, target, self.core.rounds.payloads(nbytes)
+        _, target, source = self._unpacking
+        target[...] = source
 
     def own(self) -> None:
         assert self.out is not None
@@ -139,6 +147,13 @@ class AllGatherV(AllGather):
 
     def sizes(self) -> tuple[int, ...]:
         return tuple(rows * self._row_bytes for rows in self._counts)
+
+    def unpack(self) -> None:
+        assert self.out is not None
+        at, rounds = self.out.address, self.core.rounds
+        for rank, nbytes in enumerate(self.sizes()):
+            ctypes.memmove(at, rounds.payload(rank), nbytes)
+            at += nbytes
 
 
 class _Reducing(Collective):

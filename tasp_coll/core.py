@@ -112,7 +112,7 @@ class Core:
         self.calls: Cache[Hashable, object] = Cache(4 * _PLANS)
         self.compiled: Cache[Hashable, Compiled] = Cache(_PLANS, Compiled.free)
         self._schedules: Cache[Hashable, Schedule] = Cache(_PLANS)
-        self.memos = Memos()
+        self.memos = Memos(transport.address)
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
         self.last_choice: Choice | None = None

@@ -112,7 +112,8 @@ class Engine:
     def run(self, operation: Operation) -> Any:
         """Run to the end, after everything submitted earlier; the result."""
         with self.lock:
-            self.check()
+            if self.broken or self._closed:
+                self.check()
             if self._queue or self._streams:
                 return self.submit(operation).wait()
             generator, watch = operation.run(), None

@@ -7,12 +7,13 @@ while the arrays are the very same objects with unchanged memory, shape, strides
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 _LIMIT = 64
+Mark = tuple[Any, ...]  # address, shape, strides, dtype, writeable
 
 
 class Repeatable(Protocol):
@@ -34,15 +35,17 @@ class Memo(NamedTuple):
     operation: Any
     send: Any  # weakref.ref
     recv: Any  # weakref.ref, or None
-    send_interface: dict[str, Any]
-    recv_interface: Any  # dict, or None
+    send_mark: Mark
+    recv_mark: Mark | None
 
 
 class Memos:
     """The memos used last. One that is taken is out until it is put back, so that no two threads share it."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Any, ...], Memo] = OrderedDict()
+    def __init__(self, address: Callable[[Any], int]) -> None:
+        """address: of an array's first byte."""
+        self._address = address
+        self._kept: dict[tuple[Any, ...], Memo] = {}
 
     def take(self, kind: type, send: Any, recv: Any, options: Any) -> Memo | None:
         """The memo for this call, if there is a valid one."""
@@ -50,9 +53,9 @@ class Memos:
             memo = self._kept.pop((kind, id(send), id(recv), options), None)
         except TypeError:  # options that cannot be hashed are bad ones, which the operation will say
             return None
-        if memo is None or memo.send() is not send or send.__array_interface__ != memo.send_interface:
+        if memo is None or memo.send() is not send or self._mark(send) != memo.send_mark:
             return None
-        if memo.recv is not None and (memo.recv() is not recv or recv.__array_interface__ != memo.recv_interface):
+        if memo.recv is not None and (memo.recv() is not recv or self._mark(recv) != memo.recv_mark):
             return None
         return memo
 
@@ -62,26 +65,26 @@ class Memos:
             memo.operation.forget()
         else:
             memo.operation.given = None
-        self._kept[memo.key] = memo
+        self._kept[memo.key] = memo  # now the youngest
 
     def keep(self, operation: Repeatable, send: Any, recv: Any, options: Any) -> None:
         """Make a memo of a call that went well, where its arrays are plain NumPy."""
         plain = type(send) is np.ndarray and send.flags.c_contiguous and (recv is None or type(recv) is np.ndarray)
         if not (plain and operation.repeatable):
             return
+        try:
+            marks = self._mark(send), None if recv is None else self._mark(recv)
+        except (TypeError, ValueError, BufferError):  # dtypes that the buffer protocol cannot export
+            return
         key = (type(operation), id(send), id(recv), options)
         operation.forget()
-        self._kept[key] = Memo(
-            key,
-            operation,
-            weakref.ref(send),
-            None if recv is None else weakref.ref(recv),
-            send.__array_interface__,
-            None if recv is None else recv.__array_interface__,
-        )
+        self._kept[key] = Memo(key, operation, weakref.ref(send), None if recv is None else weakref.ref(recv), *marks)
         if len(self._kept) > _LIMIT:
-            self._kept.popitem(last=False)
+            del self._kept[next(iter(self._kept))]
 
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
+
+    def _mark(self, array: Any) -> Mark:
+        return self._address(array), array.shape, array.strides, array.dtype, array.flags.writeable

@@ -201,7 +201,7 @@ class Collective:
         yield from self.agree()
         if self.inline():
             self.unpack()
-            self.chosen = direct(self.collective, self.core.size)
+            self.chosen = self.chosen or direct(self.collective, self.core.size)
         else:
             self.chosen = self._choose()
             if self.chosen is not None and self.chosen.algorithm == "native":

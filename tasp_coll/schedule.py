@@ -143,15 +143,17 @@ class Schedule:
             replace(self, collective="allgather", pattern=second),
         )
 
-    def verify(self, method: str = "auto") -> None:
+    def verify(self, method: str = "auto") -> str:
         """Prove the schedule; raises `ScheduleError` that names step, rank, ring and chunk of the first fault.
+
+        Returns the method that proved it.
 
         method: "replay" follows every chunk, "structure" argues from the rings (any size), "auto" takes replay
         while that is cheap. What is proved stands in `tasp_coll.verify`.
         """
         from tasp_coll.verify import verify
 
-        verify(self, method)
+        return verify(self, method)
 
     @classmethod
     def from_steps(

@@ -6,12 +6,9 @@ background; the caller's side is an iterator that lets a step's memory go when t
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from tasp_coll import arrays
 from tasp_coll.agreement import Header
@@ -230,16 +227,11 @@ class _Stream(Iterator[Arrival]):
         like = self._driver.opened.send
         memory, offset = self._driver.compiled.staging, piece.place.offset
         if piece.place.region == "send":
-            memory, offset = _memory(like.address + offset, piece.place.nbytes), 0
+            memory, offset = arrays.memory_at(like.address + offset, piece.place.nbytes), 0
         # torch has no read-only view, only a copy: there the caller is trusted.
         shape = (piece.stop - piece.start, *Shape.of(like.shape).rest)
         data = arrays.view(like, memory, offset, shape, readonly=readonly and like.kind != "torch")
         return Chunk(piece.source, piece.ring, piece.start, piece.stop, data)
-
-
-def _memory(address: int, nbytes: int) -> Any:
-    memory: Any = (ctypes.c_char * nbytes).from_address(address)
-    return np.frombuffer(memory, np.uint8)
 
 
 class GatherStream(_Stream):

@@ -141,7 +141,7 @@ class Topology:
                 return Topology.resolve(named, ranks)
             except TopologyError as error:
                 raise TopologyError(f"environment variable {ENVIRONMENT}: {error}") from error
-        topology = value if isinstance(value, Topology) else _named(value)
+        topology = value if isinstance(value, Topology) else read_named(value)
         if topology.ranks != ranks:
             raise TopologyError(f"topology {topology.name!r} has {topology.ranks} ranks, but {ranks} take part")
         return topology
@@ -399,7 +399,7 @@ def _breadth_first(
     return before
 
 
-def _named(value: object) -> Topology:
+def read_named(value: object) -> Topology:
     """The topology that a preset's spec or a path of a file names; a spec wins over a file of that name."""
     from tasp_coll.presets import KNOWN_SPECS, is_preset
 

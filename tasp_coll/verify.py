@@ -31,8 +31,11 @@ from tasp_coll.schedule import Schedule
 REPLAY_CELLS = 1 << 21  # rank x origin x chunk flags up to which "auto" replays: n = 127 on all rings
 
 
-def verify(schedule: Schedule, method: str = "auto") -> None:
-    """Raise ScheduleError that names step, rank, ring and chunk of the first fault; see `Schedule.verify`."""
+def verify(schedule: Schedule, method: str = "auto") -> str:
+    """The method that proved it; ScheduleError names step, rank, ring and chunk of the first fault.
+
+    See `Schedule.verify`.
+    """
     if method not in ("auto", "replay", "structure"):
         raise ArgumentError(f"method must be 'auto', 'replay' or 'structure', got {method!r}")
     kinds = set(schedule.weights)
@@ -41,8 +44,9 @@ def verify(schedule: Schedule, method: str = "auto") -> None:
     small = schedule.ranks**2 * schedule.chunks <= REPLAY_CELLS
     if method == "structure" or (method == "auto" and not small and schedule.algorithm != "custom"):
         _by_structure(schedule)
-    else:
-        _by_replay(schedule)
+        return "structure"
+    _by_replay(schedule)
+    return "replay"
 
 
 # --- replay

@@ -56,6 +56,9 @@ class LoopbackTransport:
         self.world, self.rank, self.size = world, rank, world.size
         self._kept: list[Any] = []
 
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
     def prepare(self, ops: Sequence[Op]) -> _LoopbackBatch:
         return _LoopbackBatch(self, tuple(ops))
 

@@ -47,6 +47,8 @@ class MpiTransport:
         self._batches: weakref.WeakSet[_MpiBatch] = weakref.WeakSet()
         _open.add(self)
 
+    address = staticmethod(MPI.Get_address)
+
     def prepare(self, ops: Sequence[Op]) -> _MpiBatch:
         batch = _MpiBatch([self._request(op) for op in ops])
         self._batches.add(batch)

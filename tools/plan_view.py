@@ -1,0 +1,220 @@
+"""The facts about a plan: its proof, what each link carries, the time that takes, and one rank's moves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tasp_coll import ArgumentError, Link, Schedule, Topology, __version__
+from tasp_coll.loads import chunk_units, step_load
+from tasp_coll.patterns import Rows
+from tasp_coll.topology import Node, order
+
+
+class Move(NamedTuple):
+    """What the chosen rank sends to, or receives from, `peer`: chunk `chunk` of `origin`'s shard."""
+
+    step: int
+    peer: int
+    origin: int
+    chunk: int
+    ring: int
+
+
+class LinkLoad(NamedTuple):
+    """The most that a link carries in one step, and what it carries in all, in `Loads.unit`."""
+
+    source: Node
+    target: Node
+    step_max: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Loads in 1/unit of the largest shard of the links that carry any; `seconds_per_byte` of such a shard."""
+
+    unit: int
+    links: tuple[LinkLoad, ...]
+    seconds_per_byte: float
+
+
+@dataclass(frozen=True)
+class View:
+    """All that is told of a proved schedule: what the text, the JSON and the picture are made from.
+
+    sends and receives stand side by side, step by step and ring by ring. reduce_steps: how many steps, the first
+    ones, move sums. bound: seconds, None where none is known.
+    """
+
+    schedule: Schedule
+    rank: int
+    sends: tuple[Move, ...]
+    receives: tuple[Move, ...]
+    reduce_steps: int
+    loads: Loads
+    proof: str
+    proof_seconds: float
+    shard_bytes: float
+    seconds: float
+    bound: float | None
+
+    @property
+    def topology(self) -> Topology:
+        return self.schedule.topology
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.pattern.steps
+
+    @property
+    def ratio(self) -> float | None:
+        """Time over bound, None where there is no bound to speak of."""
+        return self.seconds / self.bound if self.bound else None
+
+    @property
+    def idle(self) -> int:
+        """Links that carry nothing."""
+        return len(self.topology.links) - len(self.loads.links)
+
+    def share(self, amount: int) -> Fraction:
+        """A load as a share of the (largest) shard."""
+        return Fraction(amount, self.loads.unit)
+
+
+def view_of(schedule: Schedule, rank: int = 0, shard_bytes: float = 1 << 20) -> View:
+    """Prove a schedule made by `plan` and gather what is told of it. Raises ScheduleError if the proof fails."""
+    if not 0 <= rank < schedule.ranks:
+        raise ArgumentError(f"rank must be from 0 to {schedule.ranks - 1}, got {rank}")
+    method, proof_seconds = prove(schedule)
+    loads = loads_of(schedule)
+    sends, receives = map(_moves, schedule.pattern.moves(rank))
+    return View(
+        schedule=schedule,
+        rank=rank,
+        sends=sends,
+        receives=receives,
+        reduce_steps=_reduce_steps(schedule),
+        loads=loads,
+        proof=method,
+        proof_seconds=proof_seconds,
+        shard_bytes=shard_bytes,
+        seconds=loads.seconds_per_byte * shard_bytes,
+        bound=_bound(schedule, shard_bytes),
+    )
+
+
+def _moves(rows: Rows) -> tuple[Move, ...]:
+    """By step, then by ring."""
+    ordered = rows[np.lexsort((rows[:, 4], rows[:, 0]))]
+    return tuple(Move(*row) for row in ordered.tolist())
+
+
+def prove(schedule: Schedule) -> tuple[str, float]:
+    """The method by which `schedule` is proved and the seconds that took; raises ScheduleError."""
+    start = time.perf_counter()
+    method = schedule.verify()
+    return method, time.perf_counter() - start
+
+
+def loads_of(schedule: Schedule) -> Loads:
+    """What each link carries, and the time that takes by bandwidth alone."""
+    topology = schedule.topology
+    unit, units = chunk_units(schedule)
+    sizes = np.array(schedule.counts or (1,) * schedule.ranks, dtype=np.int64)
+    unit *= max(int(sizes.max()), 1)
+    peak: dict[tuple[Node, Node], int] = {}
+    total: dict[tuple[Node, Node], int] = {}
+    busiest = 0.0
+    for step, repeats in _distinct_steps(schedule):
+        rows = schedule.pattern.transfers(step)
+        load = step_load(topology, rows, units[rows[:, 3]] * sizes[rows[:, 2]])
+        for link, amount in zip(load.links, load.load.tolist(), strict=True):
+            if amount:
+                peak[link] = max(peak.get(link, 0), amount)
+                total[link] = total.get(link, 0) + repeats * amount
+        busiest += repeats * float((load.load / load.limits(1.0)).max(initial=0))
+    links = sorted(total, key=lambda link: (order(link[0]), order(link[1])))
+    seconds = busiest / unit / (_highest_rate(topology) * 1e9) if links else 0.0
+    return Loads(unit, tuple(LinkLoad(*link, peak[link], total[link]) for link in links), seconds)
+
+
+def _highest_rate(topology: Topology) -> float:
+    return topology.links[0].GBps if topology.is_full_mesh else max(link.GBps for link in topology.links)
+
+
+def _distinct_steps(schedule: Schedule) -> list[tuple[int, int]]:
+    """(step, how many steps load the links as it does).
+
+    With equal shards a ring turns on the same links, and a slice goes to every peer, at each step of a phase.
+    """
+    steps, head = schedule.pattern.steps, _reduce_steps(schedule)
+    if schedule.counts is not None:
+        return [(step, 1) for step in range(steps)]
+    return [(first, repeats) for first, repeats in ((0, head), (head, steps - head)) if repeats]
+
+
+def _reduce_steps(schedule: Schedule) -> int:
+    if schedule.collective == "allreduce":
+        return schedule.phases()[0].pattern.steps
+    return schedule.pattern.steps if schedule.collective == "reduce_scatter" else 0
+
+
+def _bound(schedule: Schedule, shard_bytes: float) -> float | None:
+    """The cut bound in seconds; None for unequal shards and for all_to_all, of which it says nothing."""
+    topology, collective = schedule.topology, schedule.collective
+    if collective == "all_to_all" or len(set(schedule.counts or ())) > 1:
+        return None
+    if schedule.counts is not None and not any(schedule.counts):
+        return 0.0
+    # A reduce-scatter is an allgather run backwards, so it is bound by the links the other way round.
+    gather = topology.allgather_bound(shard_bytes) if collective != "reduce_scatter" else 0.0
+    scatter = _turned(topology).allgather_bound(shard_bytes) if collective != "allgather" else 0.0
+    return gather + scatter
+
+
+def _turned(topology: Topology) -> Topology:
+    """`topology` with every link the other way round."""
+    if topology.is_full_mesh or topology.is_single_switch:
+        return topology
+    links = tuple(Link(link.target, link.source, link.GBps, link.latency_us) for link in topology.links)
+    return Topology(topology.name, topology.ranks, topology.switches, links)
+
+
+def json_of(view: View) -> dict[str, Any]:
+    """The facts for programs, as `show_plan.py --help` describes them."""
+    schedule, topology = view.schedule, view.topology
+    result = {
+        "collective": schedule.collective,
+        "algorithm": schedule.algorithm,
+        "steps": view.steps,
+        "chunks": schedule.chunks,
+        "counts": schedule.counts,
+        "rings": [{"ranks": ring.ranks, "weight": str(ring.weight)} for ring in schedule.rings],
+        "rank": view.rank,
+        "sends": [move._asdict() for move in view.sends],
+        "receives": [move._asdict() for move in view.receives],
+        "loads": [
+            {"from": u, "to": v, "step_max": str(view.share(step_max)), "total": str(view.share(total))}
+            for u, v, step_max, total in view.loads.links
+        ],
+        "links": len(topology.links),
+        "idle_links": view.idle,
+        "proof": {"method": view.proof, "seconds": view.proof_seconds},
+        "shard_bytes": view.shard_bytes,
+        "time_s": view.seconds,
+        "bound_s": view.bound,
+        "ratio": view.ratio,
+    }
+    return {
+        "tool": "show_plan",
+        "version": __version__,
+        "world_size": topology.ranks,
+        "transport": None,
+        "topology": topology.name,
+        "results": [result],
+    }
