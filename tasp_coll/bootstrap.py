@@ -23,7 +23,7 @@ from tasp_coll.transport import Transport
 from tasp_coll.transport.loopback import LoopbackTransport
 
 DEFAULT_TIMEOUT = 600.0
-_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
+_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def connect(group: Any, timeout: float) -> Transport:

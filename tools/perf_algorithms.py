@@ -1,0 +1,132 @@
+"""How each algorithm is called: tasp_coll's own, and the peers that it is compared with."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import tasp_coll
+from perf_collective import Collective, Place, Unsupported
+from perf_options import Options
+from tasp_coll.bootstrap import timeout_seconds
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Algorithm(ABC):
+    """One entry of --algo."""
+
+    def __init__(self, name: str, collective: Collective) -> None:
+        self.name, self.collective = name, collective
+
+    @abstractmethod
+    def bind(self, place: Place) -> Callable[[], Any] | None:
+        """The call in this memory; None if it cannot be made in place. Unsupported if it cannot be made at all."""
+
+    def ran(self) -> tuple[str, int | None]:
+        """What the last call was carried out by, and on how many rings."""
+        return self.name, None
+
+
+class Ours(Algorithm):
+    """An algorithm of tasp_coll."""
+
+    def __init__(self, name: str, collective: Collective, comm: tasp_coll.Communicator, options: Options) -> None:
+        super().__init__(name, collective)
+        self._comm = comm
+        self._settings: dict[str, Any] = {"algorithm": name, "rings": options.rings if name == "rings" else None}
+        if options.queued:
+            self._settings["async_op"] = True
+
+    def bind(self, place: Place) -> Callable[[], Any]:
+        send, recv = place.dtype.face(place.send), place.dtype.face(place.recv)
+        return partial(self.collective.ours(self._comm), send, recv, **self._settings)
+
+    def ran(self) -> tuple[str, int | None]:
+        choice = self._comm.last_choice
+        assert choice is not None  # it is for a schedule of the user's own only
+        if choice.algorithm == "rings":
+            return "rings", len(tasp_coll.decompose(self._comm.topology, choice.rings))
+        return choice.algorithm, 1 if choice.algorithm == "ring" else None
+
+
+class Mpi4py(Algorithm):
+    """The bare blocking call of mpi4py, on the world's own communicator."""
+
+    def __init__(self, collective: Collective, world: MPI.Intracomm) -> None:
+        super().__init__("mpi4py", collective)
+        self._world = world
+
+    def bind(self, place: Place) -> Callable[[], Any] | None:
+        return self.collective.mpi4py(self._world, place)
+
+
+class Gloo(Algorithm):
+    """torch.distributed's gloo back end between the ranks of MPI."""
+
+    def __init__(self, collective: Collective, world: MPI.Intracomm, timeout: float | None) -> None:
+        super().__init__("gloo", collective)
+        self._distributed = _join_gloo(world, timeout)
+
+    def bind(self, place: Place) -> Callable[[], Any] | None:
+        return self.collective.gloo(self._distributed, place)
+
+
+def assemble(
+    collective: Collective, comm: tasp_coll.Communicator, world: MPI.Intracomm, options: Options
+) -> list[Algorithm]:
+    """The algorithms that the user named, in that order."""
+
+    def make(name: str) -> Algorithm:
+        if name == "mpi4py":
+            return Mpi4py(collective, world)
+        if name == "gloo":
+            return Gloo(collective, world, options.timeout)
+        return Ours(name, collective, comm, options)
+
+    return [make(name) for name in options.algorithms]
+
+
+def dismiss(algorithms: Sequence[Algorithm]) -> None:
+    """End what `assemble` began outside tasp_coll."""
+    if any(isinstance(algorithm, Gloo) for algorithm in algorithms):
+        import torch.distributed as distributed
+
+        distributed.destroy_process_group()
+
+
+def _join_gloo(world: MPI.Intracomm, timeout: float | None) -> Any:
+    """torch.distributed with a process group of the same ranks. Rank 0 opens a free port and tells the others."""
+    distributed = _distributed(world)
+    if distributed.is_initialized():
+        return distributed
+    limit = timedelta(seconds=timeout_seconds(timeout))
+    hosts = world.allgather(os.uname().nodename)
+    store = None
+    address = ("127.0.0.1" if len(set(hosts)) == 1 else hosts[0], 0)
+    if world.rank == 0:
+        store = distributed.TCPStore(*address, world.size, True, limit, wait_for_workers=False)
+        address = (address[0], store.port)
+    address = world.bcast(address)
+    if store is None:
+        store = distributed.TCPStore(*address, world.size, False, limit)
+    distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=limit)
+    return distributed
+
+
+def _distributed(world: MPI.Intracomm) -> Any:
+    try:
+        import torch.distributed as distributed
+
+        missing = "" if distributed.is_available() and distributed.is_gloo_available() else "this torch has no gloo"
+    except ImportError as error:
+        missing = f"torch cannot be imported ({error}): pip install 'tasp-coll[attention]'"
+    told = [(rank, text) for rank, text in enumerate(world.allgather(missing)) if text]
+    if told:
+        raise Unsupported(f"on rank {told[0][0]} {told[0][1]}")
+    return distributed
