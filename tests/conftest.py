@@ -13,7 +13,8 @@ from hypothesis import settings
 import launch
 
 # Not the user's own tuned tables: what `auto` takes must be the same on every machine.
-os.environ["TASP_COLL_CACHE"] = tempfile.mkdtemp(prefix="tasp-coll-tests-")
+_cache = tempfile.TemporaryDirectory(prefix="tasp-coll-tests-")
+os.environ["TASP_COLL_CACHE"] = _cache.name
 
 # tests/mpi is written for the ranks of an MPI job: test_mpi.py starts it at several world sizes.
 collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["mpi"]
