@@ -46,6 +46,10 @@ class Cache(Generic[K, V]):
             self._kept.move_to_end(key)
         return value
 
+    def peek(self, key: K) -> V | None:
+        """The value, without using it."""
+        return self._kept.get(key)
+
     def put(self, key: K, value: V) -> V:
         """Keep a value."""
         self._kept[key] = value

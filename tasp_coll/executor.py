@@ -137,6 +137,7 @@ class Exchange:
             assert node.place is not None
             lane = (node.lane + 1) * slots + slot  # below are the lanes of agreements
             ops.append(Op(node.send, node.peer, lane, self.address(node.place), node.place.nbytes))
+        self.ops = tuple(ops)
         self.batch: Batch = transport.prepare(ops)
         self.number = {index: op for op, index in enumerate(self.messages)}
 
@@ -155,12 +156,12 @@ class Flow:
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
         program = exchange.program
-        self._bulk = program.free_running
         self.done = False
-        self.complete = [False] * len(program.nodes)
+        self._bulk = program.free_running
         if self._bulk:
             exchange.batch.start_all()
             return
+        self.complete = [False] * len(program.nodes)
         self._waits = list(program.waits)
         self._left = len(program.nodes)
         self._lanes = _lanes(program)

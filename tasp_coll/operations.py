@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer
-from tasp_coll.core import Compiled, Core, max_rings
+from tasp_coll.core import SLOTS, Compiled, Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
-from tasp_coll.executor import Flow, Program
+from tasp_coll.executor import Exchange, Flow, Program
 from tasp_coll.schedule import Schedule
-from tasp_coll.transport import NativeRequest
+from tasp_coll.transport import NativeRequest, Op
 from tasp_coll.tuning import Choice, direct
 
 ALGORITHMS = ("auto", "rings", "ring", "direct", "native")
@@ -23,6 +23,8 @@ _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
 _READY = b"ready".ljust(16)
+_AGREEING, _MOVING = "agreeing on the call", "moving data"
+EARLY_LANE = SLOTS  # ring 0 of a call: where data may travel along with the agreement
 Steps = Generator[bool, None, Any]
 
 
@@ -92,11 +94,12 @@ class Collective:
         self.core, self.options = core, options
         self.error: CollectiveError | None = None
         self.flow: Flow | None = None
-        self.phase = "agreeing on the call"
+        self.phase = _AGREEING
         self.out: Buffer | None = None
         self.given = recv
         self.chosen: Choice | None = None
-        self._greeting: tuple[bytes, int, int] | None = None
+        self._greetings: dict[bool, tuple[bytes, int, int]] = {}
+        self._ran: tuple[Any, ...] | None = None  # key of the plan that ran, where it may start early next time
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
             self.call = self._known_call()
@@ -109,7 +112,7 @@ class Collective:
 
     def again(self, send: Any, recv: Any) -> None:
         """Get ready to run once more with the arrays that it was made for."""
-        self.given, self.flow, self.phase = recv, None, "agreeing on the call"
+        self.given, self.flow, self.phase = recv, None, _AGREEING
         if recv is None:
             assert self.out is not None
             self.out = arrays.new(self.send._replace(owner=send), self.out.shape)
@@ -202,6 +205,11 @@ class Collective:
         if self.inline():
             self.unpack()
             self.chosen = self.chosen or direct(self.collective, self.core.size)
+        elif self.flow is not None:
+            self.phase = _MOVING
+            self.core.compiled.get(self._ran or ())  # used: ranks must keep and drop the same plans
+            while not self.flow.done:
+                yield self.flow.poll()
         else:
             self.chosen = self._choose()
             if self.chosen is not None and self.chosen.algorithm == "native":
@@ -218,22 +226,63 @@ class Collective:
 
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for; see `engine.Operation`."""
-        if self.flow is not None:
+        if self.flow is not None and self.phase == _MOVING:
             return self.flow.pending()
         return self.core.rounds.pending(), None
 
     def agree(self) -> Steps:
         """The round that begins every call: all go on, or all raise."""
         rounds = self.core.rounds
-        if self._greeting is None:
-            header = self.header()
-            payload = max(header.payload, 0)
-            self._greeting = header.packed(), self.send.address if payload else 0, payload
-        rounds.post(*self._greeting)
+        exchange = self._repeated()
+        rounds.post(*self._greet(exchange))
+        if exchange is not None:
+            self.flow = Flow(exchange)
+            self.own()
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(self.call.signature):
+            yield from self._withdraw(exchange)
             yield from self._explain()
+
+    def _greet(self, exchange: Exchange | None) -> tuple[bytes, int, int]:
+        """The packed header, and address and length of the payload."""
+        early = exchange is not None
+        found = self._greetings.get(early)
+        if found is None:
+            header = self.header()
+            if exchange is not None:
+                header = header._replace(early=max((op.nbytes for op in exchange.ops if op.send), default=0))
+            payload = max(header.payload, 0)
+            found = self._greetings[early] = header.packed(), self.send.address if payload else 0, payload
+        return found
+
+    def _repeated(self) -> Exchange | None:
+        """What may start along with the agreement: the very exchange that this operation ran before.
+
+        The agreement then costs no time of its own. Should it fail, what started is withdrawn.
+        """
+        compiled = None if self._ran is None else self.core.compiled.peek(self._ran)
+        return None if compiled is None else compiled.exchange(0, self.bases()[0])
+
+    def _withdraw(self, exchange: Exchange | None) -> Steps:
+        """Ranks disagree: take what peers have sent already, and expect nothing of those that have not."""
+        rounds = self.core.rounds
+        coming = [0 if rank == rounds.rank else header.early for rank, header in enumerate(rounds.headers())]
+        unmet = {rank for rank, nbytes in enumerate(coming) if nbytes}
+        if exchange is not None:
+            expected = [(index, op) for index, op in enumerate(exchange.ops) if not op.send]
+            exchange.batch.cancel([i for i, op in expected if not 0 < coming[op.peer] <= op.nbytes])
+            while (missed := exchange.batch.settle()) is None:
+                yield False
+            unmet -= {op.peer for index, op in expected if index not in missed}
+            self.flow = None
+        scratch = ctypes.create_string_buffer(max(coming))
+        drains = [Op(False, rank, EARLY_LANE, ctypes.addressof(scratch), coming[rank]) for rank in sorted(unmet)]
+        batch = self.core.transport.prepare(drains)
+        batch.start_all()
+        while not batch.test_all():
+            yield False
+        batch.free()
 
     def _explain(self) -> Steps:
         """Tell each other what was passed, and raise."""
@@ -310,13 +359,15 @@ class Collective:
         return self.core.schedule(self.collective, self.chosen)
 
     def _run_programs(self, compiled: Compiled) -> Steps:
-        self.phase = "moving data"
+        self.phase = _MOVING
         for index, bases in enumerate(self.bases()):
             self.flow = Flow(compiled.exchange(index, bases))
             if index == 0:
                 self.own()
             while not self.flow.done:
                 yield self.flow.poll()
+        if len(compiled.programs) == 1 and may_be_early(compiled.programs[0], self.core.size):
+            self._ran = self.compiled_key()
 
     def _run_native(self) -> Steps:
         wanted = self.native()
@@ -366,3 +417,8 @@ class Collective:
         ):
             return
         raise ArgumentError(f"recv must have shape {shape}, got {out.shape}")
+
+
+def may_be_early(program: Program, ranks: int) -> bool:
+    """Whether it is one message to and from each peer on the first ring, all at once: then it can be withdrawn."""
+    return program.free_running and len(program.nodes) == 2 * (ranks - 1) and all(n.lane == 0 for n in program.nodes)

@@ -102,6 +102,7 @@ class _MpiBatch:
         self.requests = requests
         self._active: list[MPI.Prequest] = []
         self._numbers: list[int] = []
+        self._settled: dict[int, bool] = {}  # after a cancel: whether a request ended without its message
 
     def start(self, indices: Sequence[int]) -> None:
         fresh = [self.requests[index] for index in indices]
@@ -126,6 +127,26 @@ class _MpiBatch:
 
     def test_all(self) -> bool:
         return MPI.Request.Testall(self._active)
+
+    def cancel(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            self.requests[index].Cancel()
+
+    def settle(self) -> list[int] | None:
+        status = MPI.Status()
+        for index, request in enumerate(self.requests):
+            if index in self._settled:
+                continue
+            status.Set_cancelled(False)
+            try:
+                if not request.Test(status):
+                    return None
+                self._settled[index] = status.Is_cancelled()
+            except MPI.Exception:  # a message too long for its receive, which has ended all the same
+                self._settled[index] = False
+        cancelled = [index for index, was in self._settled.items() if was]
+        self._settled = {}
+        return cancelled
 
     def pending(self) -> list[int]:
         return [index for index, request in enumerate(self.requests) if not request.Get_status()]
