@@ -116,14 +116,18 @@ class Engine:
                 self.check()
             if self._queue or self._streams:
                 return self.submit(operation).wait()
-            generator, watch = operation.run(), None
+            generator, pause, idle = operation.run(), self._transport.pause, 0
+            watch = None
             try:
                 while True:
                     if next(generator):
-                        watch = None
-                    else:
+                        idle = 0
+                        continue
+                    idle += 1
+                    pause(idle)
+                    if idle % _CHECK_POLLS == 0:
                         watch = watch or _Watch(self, operation)
-                        watch.wait()
+                        watch.look(restart=idle == _CHECK_POLLS)
             except StopIteration as stop:
                 return stop.value
             except BaseException as error:
