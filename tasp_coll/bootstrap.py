@@ -29,7 +29,7 @@ _WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLUR
 def connect(group: Any, timeout: float) -> Transport:
     """The transport between the ranks of `group`: None (all of MPI), an mpi4py communicator, or a loopback rank."""
     if isinstance(group, LoopbackTransport):
-        return group
+        return group.duplicate()
     if group is not None and not type(group).__module__.startswith("mpi4py"):
         raise ArgumentTypeError(
             "group must be None, an mpi4py.MPI.Intracomm or a loopback transport, got "

@@ -90,7 +90,7 @@ class AllGatherV(AllGather):
             row_shape=rest,
             dtype=self.send.dtype,
             algorithm=self.options.label,
-            rings=self.options.rings,
+            rings=None if self.options.rings is None else int(self.options.rings),
         )
 
     def prepare(self, recv: Any) -> None:
@@ -103,14 +103,12 @@ class AllGatherV(AllGather):
         if recv is None:
             return
         out = arrays.describe(recv, "recv")
-        self._room = out.nbytes // self._row_bytes if self._row_bytes else 0
+        by_rows = len(out.shape) == len(self.send.shape)
+        self._room = out.shape[0] if by_rows else out.nbytes // self._row_bytes if self._row_bytes else -1
         if arrays.overlap(self.send, out):
             offset = self.send.address - out.address
             self._place = offset // self._row_bytes if self._row_bytes and offset % self._row_bytes == 0 else -1
-        shape = (
-            out.shape[0] if out.shape and len(out.shape) == len(self.send.shape) else self._room,
-            *self._rest,
-        )
+        shape = (self._room, *self._rest)
         self.out = self.receive(recv, shape, self._place * self._row_bytes if self._place >= 0 else None)
 
     def _row_size(self) -> int:
@@ -166,14 +164,14 @@ class _Reducing(Collective):
 
     def describe(self) -> Call:
         call = super().describe()
-        return Call.of(**dict(call.described), op=self.options.op)
+        return Call.of(**dict(call.described), op=str(self.options.op))
 
     def native(self) -> NativeRequest:
         assert self.out is not None
         address = self.send.address
         if self.collective == "reduce_scatter" and arrays.overlap(self.send, self.out):
             # MPI wants them apart.
-            self._apart = ctypes.create_string_buffer(self.send.nbytes)
+            self._apart: Any = ctypes.create_string_buffer(self.send.nbytes)
             address = ctypes.addressof(self._apart)
             ctypes.memmove(address, self.send.address, self.send.nbytes)
         how = self.how
@@ -186,6 +184,10 @@ class _Reducing(Collective):
             how.itemsize,
             self.options.op,
         )
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._apart = None
 
     def counts(self) -> tuple[int, ...]:
         """Elements of each rank's shard."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Generic, NamedTuple, TypeVar
@@ -35,16 +36,18 @@ class Cache(Generic[K, V]):
     def __init__(self, limit: int, drop: Callable[[V], None] = lambda value: None) -> None:
         self._limit, self._drop = limit, drop
         self._kept: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.RLock()  # callers make operations while a background thread runs others
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, key: K) -> V | None:
         """The value, which is now the last used."""
-        value = self._kept.get(key)
-        if value is not None:
-            self._kept.move_to_end(key)
-        return value
+        with self._lock:
+            value = self._kept.get(key)
+            if value is not None:
+                self._kept.move_to_end(key)
+            return value
 
     def peek(self, key: K) -> V | None:
         """The value, without using it."""
@@ -52,38 +55,58 @@ class Cache(Generic[K, V]):
 
     def put(self, key: K, value: V) -> V:
         """Keep a value."""
-        self._kept[key] = value
-        if len(self._kept) > self._limit:
-            self._drop(self._kept.popitem(last=False)[1])
+        with self._lock:
+            self._kept[key] = value
+            if len(self._kept) > self._limit:
+                self._drop(self._kept.popitem(last=False)[1])
         return value
 
     def remove(self, key: K) -> None:
         """Forget a key, if it is there."""
-        if key in self._kept:
-            self._drop(self._kept.pop(key))
+        with self._lock:
+            if key in self._kept:
+                self._drop(self._kept.pop(key))
 
     def clear(self) -> None:
         """Forget everything."""
-        while self._kept:
-            self._drop(self._kept.popitem()[1])
+        with self._lock:
+            while self._kept:
+                self._drop(self._kept.popitem()[1])
+
+
+class Arena:
+    """Staging memory, as large as the largest request so far."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, np.uint8)
+
+    def address(self, nbytes: int) -> int:
+        """Where at least so many bytes are. What was handed out before is void once this has grown."""
+        if nbytes > len(self.memory):
+            self.memory = np.empty(0, np.uint8)  # first give back what there is
+            self.memory = np.empty(nbytes, np.uint8)
+        return int(self.memory.ctypes.data)
 
 
 class Compiled:
-    """Programs of one plan with their staging memory, and their exchanges for the addresses seen last."""
+    """Programs of one plan, and their exchanges for the addresses seen last. The arena is shared with other plans."""
 
-    def __init__(self, transport: Transport, programs: tuple[Program, ...], slot: int = 0) -> None:
+    def __init__(self, transport: Transport, programs: tuple[Program, ...], arena: Arena, slot: int = 0) -> None:
         self._transport, self.programs, self._slot = transport, programs, slot
         self.held = False  # by a stream, which outlives the call that opened it
         self._unwanted = False
-        self.staging = np.empty(max((program.stage_bytes for program in programs), default=0), np.uint8)
+        self.arena = arena
+        arena.address(max((program.stage_bytes for program in programs), default=0))  # fails now if it must
         self._exchanges: Cache[tuple[Hashable, ...], Exchange] = Cache(_ADDRESSES, Exchange.free)
 
     def exchange(self, index: int, bases: Mapping[str, int]) -> Exchange:
         """Program `index` bound to where the caller's memory is."""
-        key = (index, *bases.values())
+        stage_bytes = self.programs[index].stage_bytes
+        stage = self.arena.address(stage_bytes) if stage_bytes else 0
+        key = (index, stage, *bases.values())
         found = self._exchanges.get(key)
         if found is None:
-            places = {**bases, "stage": self.staging.ctypes.data}
+            places = {**bases, "stage": stage}
             found = Exchange(self.programs[index], self._transport, places, self._slot, SLOTS)
             self._exchanges.put(key, found)
         return found
@@ -95,12 +118,11 @@ class Compiled:
             self.free()
 
     def free(self) -> None:
-        """Release requests and memory, now or when no stream uses them any more."""
+        """Release its requests, now or when no stream uses them any more."""
         if self.held:
             self._unwanted = True
             return
         self._exchanges.clear()
-        self.staging = np.empty(0, np.uint8)
 
 
 class Core:
@@ -116,6 +138,7 @@ class Core:
         self.calls: Cache[Hashable, object] = Cache(4 * _PLANS)
         self.compiled: Cache[Hashable, Compiled] = Cache(_PLANS, Compiled.free)
         self._schedules: Cache[Hashable, Schedule] = Cache(_PLANS)
+        self.arena = Arena()  # of calls, which run one after another; a stream has its own
         self.memos = Memos(transport.address)
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
@@ -154,6 +177,8 @@ class Core:
             self.compiled.clear()
             self.calls.clear()
             self.memos.clear()
+            self._schedules.clear()
+            self.arena = Arena()
             self.transport.close()
 
 

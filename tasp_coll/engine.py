@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
@@ -60,6 +61,7 @@ class Work:
         self._engine, self.operation = engine, operation
         self.generator = operation.run()
         self.done = False
+        self.watch = _Watch(engine, operation)
         self._value: Any = None
         self._error: BaseException | None = None
 
@@ -68,7 +70,10 @@ class Work:
 
         Raises what the blocking call would raise, PeerTimeoutError included, each time it is called.
         """
-        self._engine.drive(lambda: self.done, self.operation)
+        try:
+            self._engine.drive(lambda: self.done, self.operation)
+        except CollectiveError as error:
+            self.fail(error)
         if self._error is not None:
             raise self._error
         return self._value
@@ -81,7 +86,10 @@ class Work:
     def advance(self) -> bool:
         """One poll; for the engine."""
         try:
-            return next(self.generator)
+            moved = next(self.generator)
+            if moved:
+                self.watch = _Watch(self._engine, self.operation)
+            return moved
         except StopIteration as stop:
             self._value = stop.value
         except BaseException as error:
@@ -180,7 +188,8 @@ class Engine:
         """One poll of everything."""
         if self.lock.acquire(blocking=False):
             try:
-                self._advance()
+                if not self._advance() and self._queue:
+                    self._look(self._queue[0])
             finally:
                 self.lock.release()
 
@@ -285,41 +294,61 @@ class Engine:
             return
         with self._wake:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._background, name="tasp_coll", daemon=True)
+                target = weakref.ref(self, _waker(self._wake))
+                self._thread = threading.Thread(
+                    target=_background, args=(target, self._wake), name="tasp_coll", daemon=True
+                )
                 self._thread.start()
             self._wake.notify_all()
+
+    @property
+    def wants_attention(self) -> bool:
+        """Whether the background thread has something to do, be it to end."""
+        return not self.usable or not self._idle()
 
     def _idle(self) -> bool:
         return bool(self._waiters or self.broken or not (self._queue or self._streams))
 
-    def _background(self) -> None:
-        watch: _Watch | None = None
-        while not self._closed:
-            with self._wake:
-                if self._idle():
-                    watch = None
-                    self._wake.wait_for(lambda: self._closed or not self._idle())
-                    continue
-            with self.lock:
-                if self._idle() or self._closed:
-                    continue
-                moved = self._advance()
-                head = self._queue[0] if self._queue else None
-                if moved or head is None:
-                    watch = None
-                elif watch is None or watch.operation is not head.operation:
-                    watch = _Watch(self, head.operation)
-                else:
-                    self._look(watch, head)
-            if not moved:
-                time.sleep(_NAP_SECONDS)
+    def background_turn(self) -> bool:
+        """For the background thread: one poll of everything; whether to poll again at once."""
+        with self.lock:
+            if self._idle() or self._closed:
+                return True
+            moved = self._advance()
+            if self._queue and not moved:
+                self._look(self._queue[0])
+            return moved
 
-    def _look(self, watch: _Watch, head: Work) -> None:
+    def _look(self, head: Work) -> None:
         try:
-            watch.look()
+            head.watch.look()
         except PeerTimeoutError as error:
             self.judge(error, head.operation)
             head.fail(error)
+
+
+def _waker(wake: threading.Condition) -> Callable[[object], None]:
+    """Wakes the background thread when its engine is gone, so that it can end."""
+
+    def notify(_: object) -> None:
+        with wake:
+            wake.notify_all()
+
+    return notify
+
+
+def _background(target: weakref.ref[Engine], wake: threading.Condition) -> None:
+    """The background thread. It does not keep a forgotten communicator alive."""
+    while True:
+        with wake:
+            wake.wait_for(lambda: (engine := target()) is None or engine.wants_attention)
+        engine = target()
+        if engine is None or not engine.usable:
+            return
+        moved = engine.background_turn()
+        del engine
+        if not moved:
+            time.sleep(_NAP_SECONDS)
 
 
 class _Watch:

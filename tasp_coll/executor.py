@@ -208,16 +208,22 @@ class Flow:
             lane.allow(index, self._ready)
 
     def _complete(self, index: int) -> None:
-        program = self.exchange.program
-        self.complete[index] = True
-        self._left -= 1
-        action = program.nodes[index].action
-        if action is not None:
-            action(self.exchange)
-        for follower in program.feeds[index]:
-            self._waits[follower] -= 1
-            if not self._waits[follower]:
-                self._reach(follower)
+        """A node has happened, and with it all points that waited for it alone: as many as there are ranks."""
+        program, happened = self.exchange.program, [index]
+        while happened:
+            index = happened.pop()
+            node = program.nodes[index]
+            self.complete[index] = True
+            self._left -= 1
+            if node.action is not None:
+                node.action(self.exchange)
+            for follower in program.feeds[index]:
+                self._waits[follower] -= 1
+                if not self._waits[follower]:
+                    if program.nodes[follower].place is None:
+                        happened.append(follower)
+                    else:
+                        self._reach(follower)
         self.done = not self._left
 
     def _start(self) -> None:

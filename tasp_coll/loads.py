@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,14 +49,18 @@ class StepLoad:
 
 def chunk_units(schedule: Schedule) -> tuple[int, NDArray[np.int64]]:
     """A common denominator of the weights, and each chunk's weight in that unit."""
-    unit = int(np.lcm.reduce([weight.denominator for weight in set(schedule.weights)]))
-    return unit, np.array([weight.numerator * (unit // weight.denominator) for weight in schedule.weights], np.int64)
+    unit = min(math.lcm(*(weight.denominator for weight in set(schedule.weights))), 1 << 52)  # or as good as exact
+    return unit, np.array([int(weight * unit) for weight in schedule.weights], np.int64)
 
 
 def step_load(topology: Topology, rows: Rows, amount: NDArray[np.int64]) -> StepLoad:
     """Add `amount` of each transfer to every link on its path."""
     if topology.is_full_mesh:
-        dense = np.bincount(rows[:, 0] * topology.ranks + rows[:, 1], amount, topology.ranks**2)
+        names = rows[:, 0] * topology.ranks + rows[:, 1]
+        if 8 * len(rows) < topology.ranks**2:  # few links in use
+            few, where = np.unique(names, return_inverse=True)
+            return StepLoad(topology, few, np.bincount(where, amount, len(few)).astype(np.int64))
+        dense = np.bincount(names, amount, topology.ranks**2)
         used = np.flatnonzero(dense)
         return StepLoad(topology, used, dense[used].astype(np.int64))
     total: dict[Direction, int] = {}

@@ -6,6 +6,7 @@ while the arrays are the very same objects with unchanged memory, shape, strides
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +26,10 @@ class Repeatable(Protocol):
         """Get ready for another run with the same arrays."""
 
     def forget(self) -> None:
-        """Let go of the arrays."""
+        """Let go of the arrays that it was made with."""
+
+    def let_go(self) -> None:
+        """Let go of the arrays of the last run."""
 
 
 class Memo(NamedTuple):
@@ -45,6 +49,7 @@ class Memos:
     def __init__(self, address: Callable[[Any], int]) -> None:
         """address: of an array's first byte."""
         self._address = address
+        self._lock = threading.Lock()
         self._kept: dict[tuple[Any, ...], Memo] = {}
 
     def take(self, kind: type, send: Any, recv: Any, options: Any) -> Memo | None:
@@ -61,10 +66,7 @@ class Memos:
 
     def put_back(self, memo: Memo) -> None:
         """After a run."""
-        if memo.recv is None:
-            memo.operation.forget()
-        else:
-            memo.operation.given = None
+        memo.operation.let_go()
         self._kept[memo.key] = memo  # now the youngest
 
     def keep(self, operation: Repeatable, send: Any, recv: Any, options: Any) -> None:
@@ -78,9 +80,11 @@ class Memos:
             return
         key = (type(operation), id(send), id(recv), options)
         operation.forget()
-        self._kept[key] = Memo(key, operation, weakref.ref(send), None if recv is None else weakref.ref(recv), *marks)
-        if len(self._kept) > _LIMIT:
-            del self._kept[next(iter(self._kept))]
+        memo = Memo(key, operation, weakref.ref(send), None if recv is None else weakref.ref(recv), *marks)
+        with self._lock:
+            self._kept[key] = memo
+            if len(self._kept) > _LIMIT:
+                self._kept.pop(next(iter(self._kept)), None)
 
     def clear(self) -> None:
         """Forget all."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer
-from tasp_coll.core import SLOTS, Compiled, Core, max_rings
+from tasp_coll.core import SLOTS, Arena, Compiled, Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Exchange, Flow, Program
 from tasp_coll.schedule import Schedule
@@ -19,6 +19,7 @@ from tasp_coll.transport import NativeRequest, Op
 from tasp_coll.tuning import Choice, direct
 
 ALGORITHMS = ("auto", "rings", "ring", "direct", "native")
+NoneType = type(None)
 _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
@@ -37,20 +38,21 @@ class Options(NamedTuple):
     counts: Any = None
     extra: str = ""  # of streams: what else must be the same on all ranks
 
+    def check_types(self, ranks: int) -> None:
+        """ArgumentTypeError for what cannot even be compared."""
+        if not isinstance(self.algorithm, (str, Schedule)):
+            raise ArgumentTypeError(f"algorithm must be a name or a Schedule, got {self.algorithm!r}")
+        if not isinstance(self.op, str):
+            raise ArgumentTypeError(f"op must be a name, got {self.op!r}")
+        if isinstance(self.rings, bool) or not hasattr(self.rings or 0, "__index__"):
+            raise ArgumentTypeError(f"rings must be an integer or None, got {self.rings!r}")
+        if not isinstance(self.counts, (tuple, NoneType)):
+            raise ArgumentTypeError(f"counts must be {ranks} integers >= 0, got {self.counts!r}")
+
     def check(self, collective: str, core: Core) -> None:
         """ArgumentError for what cannot be meant."""
         if isinstance(self.algorithm, Schedule):
-            if (self.algorithm.topology, self.algorithm.collective) != (core.topology, collective):
-                raise ArgumentError(
-                    f"algorithm must be a schedule for {collective} on {core.topology.name!r}, got one for "
-                    f"{self.algorithm.collective} on {self.algorithm.topology.name!r}"
-                )
-            if self.algorithm.ring_count > max_rings(core.size):
-                raise ArgumentError(
-                    f"algorithm must be a schedule whose rings are numbered below {max_rings(core.size)}, got ring "
-                    f"{self.algorithm.ring_count - 1}"
-                )
-            core.proved(self.algorithm)
+            self._check_schedule(self.algorithm, collective, core)
         elif self.algorithm not in ALGORITHMS:
             raise ArgumentError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
         if self.rings is None:
@@ -60,6 +62,22 @@ class Options(NamedTuple):
                 f"rings applies to algorithm 'rings' only, got rings={self.rings!r} with {self.algorithm!r}"
             )
         core.schedule(collective, Choice("rings", self.rings))
+
+    def _check_schedule(self, schedule: Schedule, collective: str, core: Core) -> None:
+        theirs, ours, rings = schedule.topology, core.topology, max_rings(core.size)
+        if schedule.collective != collective:
+            raise ArgumentError(
+                f"algorithm must be a schedule for {collective} on {ours.name!r}, got one for {schedule.collective} on "
+                f"{theirs.name!r}"
+            )
+        if theirs.fingerprint != ours.fingerprint:
+            raise ArgumentError(
+                f"algorithm must be a schedule on {ours.name!r} ({ours.fingerprint}), got one on {theirs.name!r} "
+                f"({theirs.fingerprint})"
+            )
+        if schedule.ring_count > rings:
+            raise ArgumentError(f"algorithm must number its rings below {rings}, got ring {schedule.ring_count - 1}")
+        core.proved(schedule)
 
     @property
     def label(self) -> str:
@@ -96,7 +114,7 @@ class Collective:
         self.flow: Flow | None = None
         self.phase = _AGREEING
         self.out: Buffer | None = None
-        self.given = recv
+        self.given, self.held = recv, send
         self.chosen: Choice | None = None
         self._greetings: dict[bool, tuple[bytes, int, int]] = {}
         self._ran: tuple[Any, ...] | None = None  # key of the plan that ran, where it may start early next time
@@ -113,16 +131,21 @@ class Collective:
     def again(self, send: Any, recv: Any) -> None:
         """Get ready to run once more with the arrays that it was made for."""
         self.given, self.flow, self.phase = recv, None, _AGREEING
+        self.held = send  # alive as long as messages may read it
         if recv is None:
             assert self.out is not None
             self.out = arrays.new(self.send._replace(owner=send), self.out.shape)
 
+    def let_go(self) -> None:
+        """After a run: keep no array alive."""
+        self.given = self.held = None
+        if self.out is not None and self.out.owner is not None:
+            self.out = self.out._replace(owner=None)
+
     def forget(self) -> None:
         """Let go of the caller's arrays."""
-        self.given = None
+        self.let_go()
         self.send = self.send._replace(owner=None)
-        if self.out is not None:
-            self.out = self.out._replace(owner=None)
 
     # --- what a collective says of itself
 
@@ -161,7 +184,8 @@ class Collective:
 
     def _known_call(self) -> Call:
         """The call of these arguments, made once."""
-        key = (self.name, self.key(), self.options)
+        self.options.check_types(self.core.size)
+        key = (self.name, self.key(), self.options, type(self.options.rings))
         found = self.core.calls.get(key)
         if isinstance(found, Call):
             return found
@@ -178,7 +202,7 @@ class Collective:
             shape=list(self.send.shape),
             dtype=self.send.dtype,
             algorithm=options.label,
-            rings=options.rings,
+            rings=None if options.rings is None else int(options.rings),
             counts=options.counts,
         )
 
@@ -334,7 +358,7 @@ class Collective:
         if found is not None:
             return found
         try:
-            found = Compiled(core.transport, self.programs(self._schedule()), self.slot)
+            found = Compiled(core.transport, self.programs(self._schedule()), self.arena(), self.slot)
             core.compiled.put(key, found)
             core.planned += 1
         except (CollectiveError, MemoryError) as error:
@@ -346,6 +370,10 @@ class Collective:
             raise
         assert found is not None
         return found
+
+    def arena(self) -> Arena:
+        """Where its programs stage."""
+        return self.core.arena
 
     def compiled_key(self) -> tuple[Any, ...]:
         """What a compiled plan depends on."""
@@ -395,9 +423,8 @@ class Collective:
         if out.dtype != self.send.dtype:
             raise ArgumentError(f"recv must have send's dtype {self.send.dtype}, got {out.dtype}")
         self.check_shape(out, shape)
-        if arrays.overlap(self.send, out) and self.send.address != out.address + (
-            in_place if in_place is not None else -1
-        ):
+        apart = in_place is None or self.send.address != out.address + in_place
+        if apart and arrays.overlap(self.send, out):
             raise ArgumentError(
                 "recv must not overlap send, unless send is exactly this rank's own slice of it: they share memory"
             )
@@ -421,4 +448,5 @@ class Collective:
 
 def may_be_early(program: Program, ranks: int) -> bool:
     """Whether it is one message to and from each peer on the first ring, all at once: then it can be withdrawn."""
-    return program.free_running and len(program.nodes) == 2 * (ranks - 1) and all(n.lane == 0 for n in program.nodes)
+    pairs = {(node.send, node.peer) for node in program.nodes if node.lane == 0}
+    return program.free_running and len(program.nodes) == len(pairs) == 2 * (ranks - 1)

@@ -169,7 +169,8 @@ class Schedule:
 
         steps: per step the transfers, `Transfer` or (src, dst, origin, chunk, ring). Chunks number 0 to k-1; their
         weights are equal unless `weights` says otherwise. For "allreduce" the steps begin with a reduce-scatter.
-        In one step a ring carries at most one chunk from one rank to another: number the rings accordingly.
+        In one step a ring carries at most one chunk from one rank to another: number the rings accordingly, from 0,
+        and below max(ranks, 10) if it is to run on a communicator.
 
         Raises ArgumentError for bad arguments and ScheduleError for a transfer that names no rank, or no chunk.
         The proof is a separate call, `verify()`; a communicator makes it before the first run.
@@ -177,6 +178,11 @@ class Schedule:
         _check_collective(collective)
         pattern = ListedPattern.from_steps(topology.ranks, steps)
         largest = max((int(rows[:, 3].max()) for rows in pattern.rows if len(rows)), default=0)
+        transfers = sum(len(rows) for rows in pattern.rows)
+        if largest >= max(transfers, 1):
+            raise ScheduleError(
+                f"chunks are numbered from 0, and {transfers} transfers do not move so many", chunk=largest
+            )
         chunks = topology.ranks if collective == "all_to_all" else largest + 1
         if weights is None:
             shares = uniform_weights(chunks)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tasp_coll import arrays
 from tasp_coll.agreement import Header
-from tasp_coll.core import SLOTS, Compiled, Core, Shape
+from tasp_coll.core import SLOTS, Arena, Compiled, Core, Shape
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.executor import Flow, Piece, Program
 from tasp_coll.operations import Call, Collective, Options, Steps
@@ -56,7 +56,7 @@ class _Open(Collective):
             row_shape=list(Shape.of(self.send.shape).rest),
             dtype=self.send.dtype,
             algorithm=self.options.label,
-            rings=self.options.rings,
+            rings=None if self.options.rings is None else int(self.options.rings),
             reverse=self.options.extra or None,
         )
 
@@ -102,10 +102,14 @@ class _Open(Collective):
         options = self.options
         if options.algorithm == "direct":
             return Choice("direct")
-        one = options.algorithm == "ring" or (
-            options.algorithm == "auto" and options.rings is None and self.core.topology.is_single_switch
-        )
+        topology, free = self.core.topology, options.algorithm == "auto" and options.rings is None
+        if free and not (topology.is_full_mesh or topology.is_single_switch):
+            return Choice("direct")
+        one = options.algorithm == "ring" or (free and topology.is_single_switch)
         return Choice("ring") if one else Choice("rings", options.rings)
+
+    def arena(self) -> Arena:
+        return Arena()
 
     def compiled_key(self) -> tuple[Any, ...]:
         return (*super().compiled_key(), self.slot)
@@ -148,7 +152,7 @@ class _Driver:
     def __init__(self, core: Core, opened: _Open, compiled: Compiled, bases: dict[str, int]) -> None:
         self.core, self.opened, self.compiled = core, opened, compiled
         self.error: BaseException | None = None
-        self.ended = False
+        self.ended = self.orphan = False
         opened.phase = "moving data"
         compiled.held = True
         opened.flow = self.flow = Flow(compiled.exchange(0, bases))
@@ -156,7 +160,14 @@ class _Driver:
 
     def poll(self) -> bool:
         """Make progress; an error is kept for the caller."""
-        if self.error is not None or self.flow.done:
+        if self.error is not None:
+            return False
+        if self.orphan:  # nobody will ask for the rest
+            self.orphan, self.ended = False, True
+            self._open_all()
+        if self.flow.done:
+            if self.ended:
+                self._leave()
             return False
         try:
             return self.flow.poll()
@@ -183,14 +194,20 @@ class _Driver:
         engine = self.core.engine
         try:
             if not engine.broken:
-                for gate in self.compiled.programs[0].gates:
-                    self.open(gate)
+                self._open_all()
                 self.wait(lambda: self.flow.done)
         finally:
-            engine.detach(self)
-            if not engine.broken:
-                self.core.streams.discard(self.opened.slot)
-                self.compiled.release()
+            self._leave()
+
+    def _open_all(self) -> None:
+        for gate in self.compiled.programs[0].gates:
+            self.open(gate)
+
+    def _leave(self) -> None:
+        self.core.engine.detach(self)
+        if not self.core.engine.broken:
+            self.core.streams.discard(self.opened.slot)
+            self.compiled.release()
 
 
 class _Stream(Iterator[Arrival]):
@@ -212,7 +229,11 @@ class _Stream(Iterator[Arrival]):
 
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
-        if driver is not None and not driver.core.engine.inside:
+        if driver is None:
+            return
+        if driver.core.engine.inside:  # the collector called from inside a poll: no waiting here
+            driver.orphan = not driver.ended
+        else:
             driver.finish()
 
     def close(self) -> None:
@@ -225,7 +246,7 @@ class _Stream(Iterator[Arrival]):
 
     def _chunk(self, piece: Piece, readonly: bool) -> Chunk:
         like = self._driver.opened.send
-        memory, offset = self._driver.compiled.staging, piece.place.offset
+        memory, offset = self._driver.compiled.arena.memory, piece.place.offset
         if piece.place.region == "send":
             memory, offset = arrays.memory_at(like.address + offset, piece.place.nbytes), 0
         # torch has no read-only view, only a copy: there the caller is trusted.

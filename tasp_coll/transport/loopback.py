@@ -32,8 +32,9 @@ class LoopbackWorld:
     def __init__(self, size: int) -> None:
         self.size = size
         self.changed = threading.Condition()
-        self.lanes: dict[tuple[int, int, int], _Lane] = defaultdict(_Lane)
-        self.raised: list[set[int]] = [set() for _ in range(size)]
+        self.lanes: dict[tuple[int, ...], _Lane] = defaultdict(_Lane)
+        self.kept: list[Any] = []  # what was in use when ranks gave up
+        self.raised: dict[tuple[int, int], set[int]] = defaultdict(set)
         self.transports = tuple(LoopbackTransport(self, rank) for rank in range(size))
 
     def run(self, body: Callable[[LoopbackTransport], T]) -> list[T]:
@@ -52,9 +53,14 @@ class LoopbackTransport:
     name = "loopback"
     background = True
 
-    def __init__(self, world: LoopbackWorld, rank: int) -> None:
-        self.world, self.rank, self.size = world, rank, world.size
-        self._kept: list[Any] = []
+    def __init__(self, world: LoopbackWorld, rank: int, number: int = 0) -> None:
+        self.world, self.rank, self.size, self.number = world, rank, world.size, number
+        self._duplicates = 0
+
+    def duplicate(self) -> LoopbackTransport:
+        """A transport whose messages never meet this one's; ranks make theirs in the same order."""
+        self._duplicates += 1
+        return LoopbackTransport(self.world, self.rank, self._duplicates)
 
     def address(self, array: Any) -> int:
         return int(array.ctypes.data)
@@ -76,16 +82,16 @@ class LoopbackTransport:
         with self.world.changed:
             for rank in range(self.size):
                 if rank != self.rank:
-                    self.world.raised[rank].add(self.rank)
+                    self.world.raised[rank, self.number].add(self.rank)
             self.world.changed.notify_all()
 
     def alarms(self) -> set[int]:
-        return set(self.world.raised[self.rank])
+        return set(self.world.raised[self.rank, self.number])
 
     def abandon(self, *keep: Any) -> None:
         """Withdraw this rank's open messages, so that no peer writes to memory that its caller has back."""
-        self._kept.extend(keep)
         with self.world.changed:
+            self.world.kept.extend(keep)
             for lane in self.world.lanes.values():
                 for queue in (lane.sends, lane.receives):
                     mine = [entry for entry in queue if entry[0].transport is self]
@@ -93,7 +99,7 @@ class LoopbackTransport:
                         queue.remove(entry)
 
     def close(self) -> None:
-        self._kept.clear()
+        """Nothing is held."""
 
 
 class _LoopbackBatch:
@@ -116,7 +122,8 @@ class _LoopbackBatch:
 
     def _post(self, world: LoopbackWorld, index: int) -> None:
         op, me = self.ops[index], self.transport.rank
-        lane = world.lanes[(me, op.peer, op.lane) if op.send else (op.peer, me, op.lane)]
+        number = self.transport.number
+        lane = world.lanes[(number, me, op.peer, op.lane) if op.send else (number, op.peer, me, op.lane)]
         (lane.sends if op.send else lane.receives).append((self, index))
         while lane.sends and lane.receives:
             (sender, i), (receiver, j) = lane.sends.popleft(), lane.receives.popleft()
@@ -140,7 +147,7 @@ class _LoopbackBatch:
         with self.transport.world.changed:
             for index in indices:
                 op = self.ops[index]
-                lane = self.transport.world.lanes[op.peer, self.transport.rank, op.lane]
+                lane = self.transport.world.lanes[self.transport.number, op.peer, self.transport.rank, op.lane]
                 if (self, index) in lane.receives:
                     lane.receives.remove((self, index))
                     self._done.append(index)

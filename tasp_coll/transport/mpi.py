@@ -10,8 +10,7 @@ import os
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ _FIRST_TAG = 1
 _FINALIZE_SECONDS = 2.0
 _SLEEP_POLLS = 5000  # some milliseconds of yielding without news
 _OPS = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
-_open: weakref.WeakSet[MpiTransport] = weakref.WeakSet()
+_open: set[MpiTransport] = set()  # also of communicators that were dropped: their requests are freed at exit
 _abandoned: list[Any] = []
 
 
@@ -43,13 +42,13 @@ class MpiTransport:
         self.background = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
         self._alarms: set[int] = set()
         self._lost = False
-        self._batches: weakref.WeakSet[_MpiBatch] = weakref.WeakSet()
+        self._batches: set[_MpiBatch] = set()
         _open.add(self)
 
     address = staticmethod(MPI.Get_address)
 
     def prepare(self, ops: Sequence[Op]) -> _MpiBatch:
-        batch = _MpiBatch([self._request(op) for op in ops])
+        batch = _MpiBatch([self._request(op) for op in ops], self._batches.discard)
         self._batches.add(batch)
         return batch
 
@@ -97,8 +96,8 @@ class MpiTransport:
 
 
 class _MpiBatch:
-    def __init__(self, requests: list[MPI.Prequest]) -> None:
-        self.requests = requests
+    def __init__(self, requests: list[MPI.Prequest], freed: Callable[[_MpiBatch], None]) -> None:
+        self.requests, self._freed = requests, freed
         self._active: list[MPI.Prequest] = []
         self._numbers: list[int] = []
         self._settled: dict[int, bool] = {}  # after a cancel: whether a request ended without its message
@@ -157,6 +156,7 @@ class _MpiBatch:
             if request != MPI.REQUEST_NULL:
                 request.Free()
         self.requests, self._active, self._numbers = [], [], []
+        self._freed(self)
 
 
 class _MpiCall:
