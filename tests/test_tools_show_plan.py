@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import plan_view
-import tasp_coll.verify
 import show_plan
+import tasp_coll.verify
 from plan_text import text_of
 from plan_view import json_of, view_of
 from tasp_coll import Link, Schedule, Topology, plan
