@@ -94,15 +94,32 @@ def timeout_seconds(value: float | None) -> float:
 
 
 @dataclass
-class Join:
-    """The operation that makes a communicator: same topology, same version, and where everybody is."""
+class _Round:
+    """What the first operations share."""
 
     rounds: Rounds
+    name = "Communicator"
+    phase = "making a communicator"
+
+    def quick(self) -> bool:
+        """Never: they run once."""
+        return False
+
+    def result(self) -> None:
+        """Of `quick`, so never asked for."""
+
+    def pending(self) -> tuple[set[int], int | None]:
+        """Who is waited for."""
+        return self.rounds.pending(), None
+
+
+@dataclass
+class Join(_Round):
+    """The operation that makes a communicator: same topology, same version, and where everybody is."""
+
     topology: Topology | None
     given: bool
     error: CollectiveError | None
-    name: str = "Communicator"
-    phase: str = "making a communicator"
 
     def run(self) -> Generator[bool, None, tuple[str, ...]]:
         """The host names, by rank."""
@@ -125,10 +142,6 @@ class Join:
             raise disagreement([json.dumps(told) for told in all_said]) from self.error
         return hosts
 
-    def pending(self) -> tuple[set[int], int | None]:
-        """Who is waited for."""
-        return self.rounds.pending(), None
-
 
 def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]]:
     """Every rank's text, each short enough for one round."""
@@ -142,13 +155,10 @@ def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]
 
 
 @dataclass
-class Spread:
+class Spread(_Round):
     """The operation that gives every rank rank 0's text, of any length."""
 
-    rounds: Rounds
     text: str
-    name: str = "Communicator"
-    phase: str = "making a communicator"
 
     def run(self) -> Generator[bool, None, str]:
         """Rank 0's text."""
@@ -160,7 +170,3 @@ class Spread:
             part, more = json.loads(texts[0])
             gathered += part
         return gathered
-
-    def pending(self) -> tuple[set[int], int | None]:
-        """Who is waited for."""
-        return self.rounds.pending(), None

@@ -139,7 +139,7 @@ class Core:
         self.compiled: Cache[Hashable, Compiled] = Cache(_PLANS, Compiled.free)
         self._schedules: Cache[Hashable, Schedule] = Cache(_PLANS)
         self.arena = Arena()  # of calls, which run one after another; a stream has its own
-        self.memos = Memos(transport.address)
+        self.memos = Memos()
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
         self.last_choice: Choice | None = None

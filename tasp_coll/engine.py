@@ -37,6 +37,12 @@ class Operation(Protocol):
     name: str
     phase: str  # what it is at, for messages: "agreeing on the call"
 
+    def quick(self) -> bool:
+        """Try to be done at once; if not, `run` goes on from there."""
+
+    def result(self) -> Any:
+        """After `quick` said that it is done."""
+
     def run(self) -> Generator[bool, None, Any]:
         """Yields whether progress was made since the last yield; returns the result."""
 
@@ -124,9 +130,11 @@ class Engine:
                 self.check()
             if self._queue or self._streams:
                 return self.submit(operation).wait()
-            generator, pause, idle = operation.run(), self._transport.pause, 0
-            watch = None
+            pause, idle, watch = self._transport.pause, 0, None
             try:
+                if operation.quick():
+                    return operation.result()
+                generator = operation.run()
                 while True:
                     if next(generator):
                         idle = 0

@@ -1,20 +1,20 @@
 """Calls made before with the same arrays, ready to run again.
 
 Looking at arrays and options, and checking them against each other, costs more than a small message. A memo is valid
-while the arrays are the very same objects with unchanged memory, shape, strides and type; it keeps neither alive.
+while the arrays are the very same objects, of unchanged shape, strides and type. It keeps neither alive, but NumPy does
+not move an array's memory while a weak reference to it exists (`resize` refuses), so the addresses stay right.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 _LIMIT = 64
-Mark = tuple[Any, ...]  # address, shape, strides, dtype, writeable
+Mark = tuple[Any, ...]  # shape, strides, dtype, writeable
 
 
 class Repeatable(Protocol):
@@ -46,9 +46,7 @@ class Memo(NamedTuple):
 class Memos:
     """The memos used last. One that is taken is out until it is put back, so that no two threads share it."""
 
-    def __init__(self, address: Callable[[Any], int]) -> None:
-        """address: of an array's first byte."""
-        self._address = address
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: dict[tuple[Any, ...], Memo] = {}
 
@@ -58,9 +56,9 @@ class Memos:
             memo = self._kept.pop((kind, id(send), id(recv), options), None)
         except TypeError:  # options that cannot be hashed are bad ones, which the operation will say
             return None
-        if memo is None or memo.send() is not send or self._mark(send) != memo.send_mark:
+        if memo is None or memo.send() is not send or _mark(send) != memo.send_mark:
             return None
-        if memo.recv is not None and (memo.recv() is not recv or self._mark(recv) != memo.recv_mark):
+        if memo.recv is not None and (memo.recv() is not recv or _mark(recv) != memo.recv_mark):
             return None
         return memo
 
@@ -74,10 +72,7 @@ class Memos:
         plain = type(send) is np.ndarray and send.flags.c_contiguous and (recv is None or type(recv) is np.ndarray)
         if not (plain and operation.repeatable):
             return
-        try:
-            marks = self._mark(send), None if recv is None else self._mark(recv)
-        except (TypeError, ValueError, BufferError):  # dtypes that the buffer protocol cannot export
-            return
+        marks = _mark(send), None if recv is None else _mark(recv)
         key = (type(operation), id(send), id(recv), options)
         operation.forget()
         memo = Memo(key, operation, weakref.ref(send), None if recv is None else weakref.ref(recv), *marks)
@@ -90,5 +85,6 @@ class Memos:
         """Forget all."""
         self._kept.clear()
 
-    def _mark(self, array: Any) -> Mark:
-        return self._address(array), array.shape, array.strides, array.dtype, array.flags.writeable
+
+def _mark(array: Any) -> Mark:
+    return array.shape, array.strides, array.dtype, array.flags.writeable

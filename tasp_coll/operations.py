@@ -25,6 +25,7 @@ _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
 _READY = b"ready".ljust(16)
 _AGREEING, _MOVING = "agreeing on the call", "moving data"
+_QUICK_POLLS = 32
 EARLY_LANE = SLOTS  # ring 0 of a call: where data may travel along with the agreement
 Steps = Generator[bool, None, Any]
 
@@ -117,6 +118,7 @@ class Collective:
         self.given, self.held = recv, send
         self.chosen: Choice | None = None
         self._greetings: dict[bool, tuple[bytes, int, int]] = {}
+        self._small = self._posted = False
         self._ran: tuple[Any, ...] | None = None  # key of the plan that ran, where it may start early next time
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
@@ -174,7 +176,7 @@ class Collective:
         raise NotImplementedError
 
     def own(self) -> None:
-        """What this rank does for itself while messages travel."""
+        """What this rank does for itself, last: its core and caches are wanted for the messages before."""
 
     def native(self) -> NativeRequest:
         """For the library's own collective."""
@@ -223,17 +225,36 @@ class Collective:
         """After the agreement: whether every payload came with it."""
         return self._fits()
 
+    def quick(self) -> bool:
+        """A small call that was made before, without what larger ones need; unfinished, it is left to `run`."""
+        if not self._small:
+            return False
+        rounds, pause = self.core.rounds, self.core.transport.pause
+        rounds.post(*self._greetings[False])
+        for _ in range(_QUICK_POLLS):
+            if rounds.poll():
+                if not rounds.same(self.call.signature):
+                    break
+                self.unpack()
+                self.core.last_choice = self.chosen
+                return True
+            pause(1)
+        self._posted = True
+        return False
+
     def run(self) -> Steps:
         """The collective, as the engine runs it."""
         yield from self.agree()
         if self.inline():
             self.unpack()
             self.chosen = self.chosen or direct(self.collective, self.core.size)
+            self._small = self.repeatable
         elif self.flow is not None:
             self.phase = _MOVING
             self.core.compiled.get(self._ran or ())  # used: ranks must keep and drop the same plans
             while not self.flow.done:
                 yield self.flow.poll()
+            self.own()
         else:
             self.chosen = self._choose()
             if self.chosen is not None and self.chosen.algorithm == "native":
@@ -257,11 +278,12 @@ class Collective:
     def agree(self) -> Steps:
         """The round that begins every call: all go on, or all raise."""
         rounds = self.core.rounds
-        exchange = self._repeated()
-        rounds.post(*self._greet(exchange))
+        exchange = None if self._posted else self._repeated()
+        if not self._posted:
+            rounds.post(*self._greet(exchange))
+        self._posted = False
         if exchange is not None:
             self.flow = Flow(exchange)
-            self.own()
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(self.call.signature):
@@ -390,10 +412,9 @@ class Collective:
         self.phase = _MOVING
         for index, bases in enumerate(self.bases()):
             self.flow = Flow(compiled.exchange(index, bases))
-            if index == 0:
-                self.own()
             while not self.flow.done:
                 yield self.flow.poll()
+        self.own()
         if len(compiled.programs) == 1 and may_be_early(compiled.programs[0], self.core.size):
             self._ran = self.compiled_key()
 

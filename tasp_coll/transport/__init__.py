@@ -76,9 +76,6 @@ class Transport(Protocol):
     size: int
     background: bool  # may another thread drive it while the caller computes?
 
-    def address(self, array: Any) -> int:
-        """Where an array's memory begins; the quickest way there is."""
-
     def prepare(self, ops: Sequence[Op]) -> Batch:
         """Prepare operations for repeated use."""
 

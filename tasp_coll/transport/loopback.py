@@ -62,9 +62,6 @@ class LoopbackTransport:
         self._duplicates += 1
         return LoopbackTransport(self.world, self.rank, self._duplicates)
 
-    def address(self, array: Any) -> int:
-        return int(array.ctypes.data)
-
     def prepare(self, ops: Sequence[Op]) -> _LoopbackBatch:
         return _LoopbackBatch(self, tuple(ops))
 

@@ -45,8 +45,6 @@ class MpiTransport:
         self._batches: set[_MpiBatch] = set()
         _open.add(self)
 
-    address = staticmethod(MPI.Get_address)
-
     def prepare(self, ops: Sequence[Op]) -> _MpiBatch:
         batch = _MpiBatch([self._request(op) for op in ops], self._batches.discard)
         self._batches.add(batch)
