@@ -169,8 +169,8 @@ class _Reducing(Collective):
     def native(self) -> NativeRequest:
         assert self.out is not None
         address = self.send.address
-        if self.collective == "reduce_scatter" and arrays.overlap(self.send, self.out):
-            # MPI wants them apart.
+        aliased = self.out.address == self.send.address or arrays.overlap(self.send, self.out)
+        if self.collective == "reduce_scatter" and aliased:  # MPI wants them apart, even where one is empty
             self._apart: Any = ctypes.create_string_buffer(self.send.nbytes)
             address = ctypes.addressof(self._apart)
             ctypes.memmove(address, self.send.address, self.send.nbytes)

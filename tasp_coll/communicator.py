@@ -290,7 +290,9 @@ def _join(transport: Transport, topology: Any, timeout: float, error: Collective
     native = transport.name == "mpi"
     situation = tuning.Situation(found, given, len(set(hosts)), native)
     core = Core(transport, found, situation, rounds, engine)
-    table = tuning.read(tuning.cache_file(situation, transport.name)) if transport.rank == 0 else tuning.Chooser()
+    table = (
+        tuning.read(tuning.cache_file(situation, transport.name), found) if transport.rank == 0 else tuning.Chooser()
+    )
     _spread(core, table)
     return core
 

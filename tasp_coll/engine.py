@@ -30,6 +30,8 @@ _NAP_SECONDS = 5e-5
 # Raised before any data moved, on all ranks alike: the communicator can go on.
 _HARMLESS = (ArgumentError, MismatchError, ScheduleError, TopologyError)
 
+_busy: set[Engine] = set()  # dropped or not: peers wait for what is under way
+
 
 class Operation(Protocol):
     """What the engine runs."""
@@ -154,6 +156,7 @@ class Engine:
         self.check()
         work = Work(self, operation)
         with self.lock:
+            _busy.add(self)
             self._queue.append(work)
             self._advance()
         self._awake()
@@ -162,6 +165,7 @@ class Engine:
     def attach(self, stream: Pollable, operation: Operation) -> None:
         """Drive a stream beside the operations until it is detached."""
         with self.lock:
+            _busy.add(self)
             self._streams[stream] = operation
         self._awake()
 
@@ -169,6 +173,8 @@ class Engine:
         """No longer drive a stream."""
         with self.lock:
             self._streams.pop(stream, None)
+            if not self.busy:
+                _busy.discard(self)
 
     def drive(self, until: Callable[[], bool], operation: Operation) -> None:
         """Make progress until `until()`, with the timeout; for callers that wait."""
@@ -287,6 +293,8 @@ class Engine:
                 self._queue.popleft()
         for stream in list(self._streams):
             progress |= stream.poll()
+        if not self.busy:
+            _busy.discard(self)
         self._driver = None
         return progress
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tasp_coll.errors import ArgumentError
+from tasp_coll.decomposition import ring_neighbours
+from tasp_coll.errors import ArgumentError, TopologyError
 from tasp_coll.topology import Topology
 
 TUNED_COLLECTIVES = ("allgather", "reduce_scatter", "allreduce")
@@ -108,12 +109,25 @@ def cache_file(situation: Situation, transport: str) -> Path:
     return Path(base) / f"tuned-{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}.json"
 
 
-def read(path: Path) -> Chooser:
-    """The table in a file; an empty one if there is none, or if it cannot be used."""
+def read(path: Path, topology: Topology) -> Chooser:
+    """The table in a file; an empty one if there is none, or if it cannot be used on this topology."""
     try:
-        return Chooser.load(path.read_text(encoding="utf-8"))
-    except (OSError, ArgumentError, UnicodeError):
+        found = Chooser.load(path.read_text(encoding="utf-8"))
+        for _, _, choice in found.table:
+            _check_choice(choice, topology)
+        return found
+    except (OSError, ArgumentError, TopologyError, UnicodeError):
         return Chooser()
+
+
+def _check_choice(choice: Choice, topology: Topology) -> None:
+    algorithm, rings, slices = choice
+    if algorithm in ("rings", "ring"):
+        ring_neighbours(topology, 0, rings)
+    elif rings is not None:
+        raise ArgumentError(f"rings applies to algorithm 'rings' only, got {choice}")
+    if slices is not None and not (algorithm == "direct" and 1 <= slices <= max(topology.ranks - 1, 1)):
+        raise ArgumentError(f"slices applies to algorithm 'direct' only, up to one for each peer, got {choice}")
 
 
 def write(path: Path, chooser: Chooser) -> None:

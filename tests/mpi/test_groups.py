@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from typing import Any
 
 import numpy as np
@@ -143,3 +144,20 @@ def test_a_communicator_that_is_dropped_harms_nobody() -> None:
     del comm
     gc.collect()
     assert all(work.wait()[-1] == WORLD.size for work in works)
+
+
+def test_work_that_is_dropped_is_still_carried_out() -> None:
+    """The other ranks need it, and its memory must last as long as messages are under way."""
+    send = np.full(300_000, 1.0)
+    comm = tasp_coll.Communicator(timeout=SECONDS)
+    if WORLD.rank == 0:
+        comm.decomposed_allreduce(send, async_op=True)
+        del comm, send
+        for _ in range(30):
+            gc.collect()
+            time.sleep(0.01)
+    else:
+        time.sleep(0.1)
+        assert comm.decomposed_allreduce(send)[-1] == WORLD.size
+    with tasp_coll.Communicator(timeout=SECONDS) as other:
+        assert other.decomposed_allreduce(np.ones(100_000))[-1] == WORLD.size

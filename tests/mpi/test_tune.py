@@ -38,7 +38,7 @@ def test_a_table_is_written_read_and_followed(cache: Path) -> None:
         assert len(set(WORLD.allgather(str(found)))) == 1, "the same on all ranks"
         table = comm._core.chooser.table
     (file,) = tables(cache)
-    assert tuning.read(file).table == table
+    assert tuning.read(file, comm.topology).table == table
     with Communicator(timeout=30) as later:
         assert later._core.chooser.table == table
         for size, algorithm in found["allgather"]:
