@@ -219,7 +219,8 @@ class Engine:
         if isinstance(error, _HARMLESS) or self.broken:
             return error
         self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier: {error!r}"
-        self._transport.abandon(operation, list(self._queue), list(self._streams))
+        lost = isinstance(error, PeerTimeoutError)
+        self._transport.abandon(operation, list(self._queue), list(self._streams), lost=lost)
         for work in self._queue:
             if work.operation is not operation:
                 work.fail(CollectiveError(self.broken))

@@ -239,11 +239,12 @@ def test_leaving_without_close_is_quiet(mpirun: MpiRun, what: str) -> None:
 
 OUTSTANDING = """
 comm = tasp_coll.Communicator(timeout=30)
-x = np.ones(500_000)
+x = np.ones(2_000_000)
 if sys.argv[1] == "everyone" or rank == 0:
     work = comm.decomposed_allreduce(x, async_op=True)
 if sys.argv[1] == "stream":
-    stream = comm.allgather_steps(x) if rank else None
+    stream = comm.allgather_steps(x)
+    next(stream)
 if sys.argv[1] == "dropped":
     work = tasp_coll.Communicator(timeout=30).decomposed_allreduce(x, async_op=True)
     comm = None
@@ -251,13 +252,13 @@ say("end")
 """
 
 
-@pytest.mark.parametrize("what", ["everyone", "one", "dropped"])
+@pytest.mark.parametrize("what", ["everyone", "one", "dropped", "stream"])
 def test_leaving_with_work_under_way_ends(mpirun: MpiRun, what: str) -> None:
     """Long before the timeout, and without a crash."""
     begun = time.monotonic()
-    ended = run(mpirun, 2, OUTSTANDING, what)
+    ended = run(mpirun, 3, OUTSTANDING, what)
     assert time.monotonic() - begun < 20
-    assert ended.stdout.count("end\n") == 2
+    assert ended.stdout.count("end\n") == 3
     assert not re.search("segmentation|corrupt|fatal|assert|signal 11", ended.stderr, re.IGNORECASE), ended.stderr
 
 

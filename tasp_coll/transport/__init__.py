@@ -94,8 +94,11 @@ class Transport(Protocol):
     def alarms(self) -> set[int]:
         """Peers whose alarm has come."""
 
-    def abandon(self, *keep: Any) -> None:
-        """Give up after a failure: `keep` and all memory in use stay alive, and leaving the process will not block."""
+    def abandon(self, *keep: Any, lost: bool = False) -> None:
+        """Give up after a failure: `keep` and all memory in use stay alive, and leaving the process will not block.
+
+        lost: peers do not answer any more.
+        """
 
     def close(self) -> None:
         """Release the transport. Not collective in effect: never waits for peers."""

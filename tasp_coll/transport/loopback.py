@@ -85,7 +85,7 @@ class LoopbackTransport:
     def alarms(self) -> set[int]:
         return set(self.world.raised[self.rank, self.number])
 
-    def abandon(self, *keep: Any) -> None:
+    def abandon(self, *keep: Any, lost: bool = False) -> None:
         """Withdraw this rank's open messages, so that no peer writes to memory that its caller has back."""
         with self.world.changed:
             self.world.kept.extend(keep)

@@ -20,12 +20,13 @@ from tasp_coll.errors import CollectiveError
 from tasp_coll.transport import NativeRequest, Op
 
 _ALARM_TAG = 0
-_FIRST_TAG = 1
 _FINALIZE_SECONDS = 2.0
+_FIRST_TAG = 1
 _SLEEP_POLLS = 5000  # some milliseconds of yielding without news
 _OPS = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
 _open: set[MpiTransport] = set()  # also of communicators that were dropped: their requests are freed at exit
 _abandoned: list[Any] = []
+_peers_lost = False
 
 
 class MpiTransport:
@@ -80,9 +81,10 @@ class MpiTransport:
             self._alarms.add(status.source)
         return set(self._alarms)
 
-    def abandon(self, *keep: Any) -> None:
+    def abandon(self, *keep: Any, lost: bool = False) -> None:
         """MPI cannot take back a send: keep everything, and see to it that leaving the process ends."""
-        self._lost = True
+        global _peers_lost
+        self._lost, _peers_lost = True, _peers_lost or lost
         _abandoned.extend([*keep, self, *self._batches])
 
     def close(self) -> None:
@@ -205,17 +207,20 @@ _NATIVE = {"allgather": _allgather, "reduce_scatter": _reduce_scatter, "allreduc
 
 @atexit.register
 def _leave() -> None:
-    """At exit: free what is open, quietly; after a failure do not let MPI_Finalize wait for lost peers."""
+    """At exit: free what is open, quietly; after a failure do not wait for anybody."""
     if not MPI.Is_initialized() or MPI.Is_finalized():
         return
     if not _abandoned:
         for transport in list(_open):
             transport.close()
         return
-    finalizer = threading.Thread(target=MPI.Finalize, daemon=True)
-    finalizer.start()
-    finalizer.join(_FINALIZE_SECONDS)
-    if finalizer.is_alive():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    if not _peers_lost:  # let the others find out; with lost peers the launcher would wait for them in vain
+        finalizer = threading.Thread(target=MPI.Finalize, daemon=True)
+        finalizer.start()
+        finalizer.join(_FINALIZE_SECONDS)
+        if not finalizer.is_alive():
+            return
+    # A rank that leaves without MPI_Finalize has failed: launchers then end the job.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
