@@ -168,16 +168,10 @@ class _Reducing(Collective):
 
     def native(self) -> NativeRequest:
         assert self.out is not None
-        address = self.send.address
-        aliased = self.out.address == self.send.address or arrays.overlap(self.send, self.out)
-        if self.collective == "reduce_scatter" and aliased:  # MPI wants them apart, even where one is empty
-            self._apart: Any = ctypes.create_string_buffer(self.send.nbytes)
-            address = ctypes.addressof(self._apart)
-            ctypes.memmove(address, self.send.address, self.send.nbytes)
         how = self.how
         return NativeRequest(
             self.collective,
-            address,
+            self.send.address,
             self.out.address,
             self.counts(),
             how.dtype,
@@ -185,9 +179,19 @@ class _Reducing(Collective):
             self.options.op,
         )
 
+    def apart(self, request: NativeRequest) -> NativeRequest:
+        """MPI wants what is scattered and the result apart, even where one is empty."""
+        assert self.out is not None
+        aliased = self.out.address == self.send.address or arrays.overlap(self.send, self.out)
+        if self.collective != "reduce_scatter" or not aliased:
+            return request
+        self._copy: Any = ctypes.create_string_buffer(self.send.nbytes)
+        ctypes.memmove(self._copy, self.send.address, self.send.nbytes)
+        return request._replace(send=ctypes.addressof(self._copy))
+
     def let_go(self) -> None:
         super().let_go()
-        self._apart = None
+        self._copy = None
 
     def counts(self) -> tuple[int, ...]:
         """Elements of each rank's shard."""

@@ -69,7 +69,11 @@ class Communicator:
             error = error or ArgumentError(f"stream must be None for arrays in host memory, got {stream!r}")
         if self_heal:
             error = error or ArgumentError(f"self_heal must be False in this version, got {self_heal!r}")
-        self._core = _join(transport, topology, seconds, error)
+        try:
+            self._core = _join(transport, topology, seconds, error)
+        except CollectiveError:
+            transport.close()
+            raise
         _register(self)
 
     @property

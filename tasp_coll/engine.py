@@ -101,7 +101,9 @@ class Work:
         except StopIteration as stop:
             self._value = stop.value
         except BaseException as error:
-            self._error = self._engine.judge(error, self.operation)
+            self._error, self.done = self._engine.judge(error, self.operation), True
+            if not isinstance(error, Exception):  # Ctrl-C is for whoever is waiting, not for this work alone
+                raise
         self.done = True
         return True
 

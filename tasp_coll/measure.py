@@ -19,10 +19,10 @@ SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22)
 
 def measure(comm: Communicator, sizes: Sequence[int] | None, repeats: int) -> Chooser:
     """Time every algorithm that runs here, interleaved, and keep the one with the least median of the slowest rank."""
-    wanted = SIZES if sizes is None else tuple(sorted(sizes))
-    numbers = (*wanted, repeats)
-    if not wanted or not all(isinstance(number, int) and number > 0 for number in numbers):
+    wanted = SIZES if sizes is None else tuple(sizes)
+    if not wanted or not all(type(number) is int and number > 0 for number in (*wanted, repeats)):
         raise ArgumentError(f"sizes and repeats must be integers > 0, got {sizes!r} and {repeats!r}")
+    wanted = tuple(sorted(wanted))
     table = []
     for collective in TUNED_COLLECTIVES:
         for size in wanted:
@@ -42,6 +42,10 @@ def _fastest(comm: Communicator, collective: str, size: int, repeats: int) -> Ch
         choice = comm.last_choice
         assert choice is not None
         calls[choice] = call
+    if not calls:
+        raise CollectiveError(
+            f"tune: no algorithm ran for {collective} of {size} bytes; were all ranks given this size?"
+        )
     times: dict[Choice, list[float]] = {choice: [] for choice in calls}
     order = list(calls)
     for turn in range(repeats):

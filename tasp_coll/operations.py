@@ -182,6 +182,10 @@ class Collective:
         """For the library's own collective."""
         raise NotImplementedError
 
+    def apart(self, request: NativeRequest) -> NativeRequest:
+        """The request, with memory as the library wants it."""
+        return request
+
     # --- what they share
 
     def _known_call(self) -> Call:
@@ -283,12 +287,14 @@ class Collective:
             rounds.post(*self._greet(exchange))
         self._posted = False
         if exchange is not None:
-            self.flow = Flow(exchange)
+            exchange.batch.start(exchange.sends)
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(self.call.signature):
             yield from self._withdraw(exchange)
             yield from self._explain()
+        if exchange is not None:
+            self.flow = Flow(exchange, sent=True)
 
     def _greet(self, exchange: Exchange | None) -> tuple[bytes, int, int]:
         """The packed header, and address and length of the payload."""
@@ -303,30 +309,23 @@ class Collective:
         return found
 
     def _repeated(self) -> Exchange | None:
-        """What may start along with the agreement: the very exchange that this operation ran before.
+        """What may be sent along with the agreement: the very exchange that this operation ran before.
 
-        The agreement then costs no time of its own. Should it fail, what started is withdrawn.
+        Receives follow when all have agreed, so that a message never meets the wrong one.
         """
         compiled = None if self._ran is None else self.core.compiled.peek(self._ran)
         return None if compiled is None else compiled.exchange(0, self.bases()[0])
 
     def _withdraw(self, exchange: Exchange | None) -> Steps:
-        """Ranks disagree: take what peers have sent already, and expect nothing of those that have not."""
+        """Ranks disagree: take what peers have sent already, and see what this rank sent taken."""
         rounds = self.core.rounds
-        coming = [0 if rank == rounds.rank else header.early for rank, header in enumerate(rounds.headers())]
-        unmet = {rank for rank, nbytes in enumerate(coming) if nbytes}
-        if exchange is not None:
-            expected = [(index, op) for index, op in enumerate(exchange.ops) if not op.send]
-            exchange.batch.cancel([i for i, op in expected if not 0 < coming[op.peer] <= op.nbytes])
-            while (missed := exchange.batch.settle()) is None:
-                yield False
-            unmet -= {op.peer for index, op in expected if index not in missed}
-            self.flow = None
-        scratch = ctypes.create_string_buffer(max(coming))
-        drains = [Op(False, rank, EARLY_LANE, ctypes.addressof(scratch), coming[rank]) for rank in sorted(unmet)]
+        coming = {rank: header.early for rank, header in enumerate(rounds.headers()) if rank != rounds.rank}
+        scratch = ctypes.create_string_buffer(max(coming.values(), default=0))
+        place = ctypes.addressof(scratch)
+        drains = [Op(False, rank, EARLY_LANE, place, nbytes) for rank, nbytes in coming.items() if nbytes]
         batch = self.core.transport.prepare(drains)
         batch.start_all()
-        while not batch.test_all():
+        while not (batch.test_all() and (exchange is None or exchange.batch.test_all())):
             yield False
         batch.free()
 
@@ -426,7 +425,7 @@ class Collective:
                 f"dtype {self.send.dtype} and op {self.options.op!r}"
             )
         self.phase = f"in the {self.core.transport.name} library's own collective"
-        request = self.core.transport.native(wanted)
+        request = self.core.transport.native(self.apart(wanted))
         while not request.test():
             yield False
 
@@ -468,6 +467,6 @@ class Collective:
 
 
 def may_be_early(program: Program, ranks: int) -> bool:
-    """Whether it is one message to and from each peer on the first ring, all at once: then it can be withdrawn."""
+    """Whether it is one message to and from each peer on the first ring, all at once: peers can tell what comes."""
     pairs = {(node.send, node.peer) for node in program.nodes if node.lane == 0}
     return program.free_running and len(program.nodes) == len(pairs) == 2 * (ranks - 1)

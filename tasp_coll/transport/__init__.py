@@ -36,12 +36,6 @@ class Batch(Protocol):
     def test_all(self) -> bool:
         """Make progress; whether all started operations are complete. Do not mix with `test_some` in one run."""
 
-    def cancel(self, indices: Sequence[int]) -> None:
-        """Ask that these receives end without a message; `settle` tells what became of it."""
-
-    def settle(self) -> list[int] | None:
-        """Make progress; once all that was started has ended, which receives ended without a message."""
-
     def pending(self) -> list[int]:
         """The started operations that are not complete, for a message about who is waited for."""
 

@@ -6,9 +6,9 @@ mpi4py is imported here and in `bootstrap` only, and by neither before a communi
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +27,11 @@ _OPS = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
 _open: set[MpiTransport] = set()  # also of communicators that were dropped: their requests are freed at exit
 _abandoned: list[Any] = []
 _peers_lost = False
+_LARGEST = sys.maxsize if MPI.Get_version() >= (4, 0) else 2**31 - 1  # what a count can be
+# Open MPI's sums of small integers saturate, ours and MPICH's wrap; halves are no types of MPI's.
+_NOT_REDUCED = {"float16", "bfloat16"}
+if MPI.get_vendor()[0] == "Open MPI":
+    _NOT_REDUCED |= {"int8", "uint8", "int16", "uint16"}
 
 
 class MpiTransport:
@@ -53,9 +58,15 @@ class MpiTransport:
 
     def _request(self, op: Op) -> MPI.Prequest:
         # A buffer by address keeps nothing alive: a cached request must not hold on to a caller's array.
-        spec = (MPI.buffer.fromaddress(op.address, op.nbytes), op.nbytes, MPI.BYTE)
+        memory = MPI.buffer.fromaddress(op.address, op.nbytes)
         make = self.comm.Send_init if op.send else self.comm.Recv_init
-        return make(spec, op.peer, _FIRST_TAG + op.lane)
+        if op.nbytes <= _LARGEST:
+            return make((memory, op.nbytes, MPI.BYTE), op.peer, _FIRST_TAG + op.lane)
+        whole = _large_type(op.nbytes)
+        try:
+            return make((memory, 1, whole), op.peer, _FIRST_TAG + op.lane)
+        finally:
+            whole.Free()  # the request keeps it as long as it needs it
 
     def pause(self, idle: int) -> None:
         if idle > _SLEEP_POLLS:
@@ -64,7 +75,8 @@ class MpiTransport:
             os.sched_yield()
 
     def has_native(self, request: NativeRequest) -> bool:
-        return request.collective in _NATIVE and (request.op is None or _reducible(request))
+        counted = sum(request.counts) <= _LARGEST
+        return request.collective in _NATIVE and counted and (request.op is None or _reducible(request))
 
     def native(self, request: NativeRequest) -> _MpiCall:
         return _MpiCall(_NATIVE[request.collective](self.comm, request))
@@ -100,7 +112,6 @@ class _MpiBatch:
         self.requests, self._freed = requests, freed
         self._active: list[MPI.Prequest] = []
         self._numbers: list[int] = []
-        self._settled: dict[int, bool] = {}  # after a cancel: whether a request ended without its message
 
     def start(self, indices: Sequence[int]) -> None:
         fresh = [self.requests[index] for index in indices]
@@ -109,8 +120,8 @@ class _MpiBatch:
         MPI.Prequest.Startall(fresh)
 
     def start_all(self) -> None:
-        self._active = self.requests
-        MPI.Prequest.Startall(self.requests)
+        self._active = list(self.requests)
+        MPI.Prequest.Startall(self._active)
 
     def test_some(self) -> list[int]:
         found = MPI.Request.Testsome(self._active) if self._active else None
@@ -126,27 +137,10 @@ class _MpiBatch:
     def test_all(self) -> bool:
         # More ranks than cores: after a few tests the core is worth more to another rank.
         active, test = self._active, MPI.Request.Testall
-        return test(active) or test(active) or test(active)
-
-    def cancel(self, indices: Sequence[int]) -> None:
-        for index in indices:
-            self.requests[index].Cancel()
-
-    def settle(self) -> list[int] | None:
-        status = MPI.Status()
-        for index, request in enumerate(self.requests):
-            if index in self._settled:
-                continue
-            status.Set_cancelled(False)
-            try:
-                if not request.Test(status):
-                    return None
-                self._settled[index] = status.Is_cancelled()
-            except MPI.Exception:  # a message too long for its receive, which has ended all the same
-                self._settled[index] = False
-        cancelled = [index for index, was in self._settled.items() if was]
-        self._settled = {}
-        return cancelled
+        done = test(active) or test(active) or test(active)
+        if done:
+            self._active, self._numbers = [], []
+        return done
 
     def pending(self) -> list[int]:
         return [index for index, request in enumerate(self.requests) if not request.Get_status()]
@@ -167,8 +161,17 @@ class _MpiCall:
         return self._request.Test()
 
 
+def _large_type(nbytes: int) -> MPI.Datatype:
+    """One element of so many bytes, for MPI before version 4, which counts in C's int."""
+    pieces = [MPI.BYTE.Create_contiguous(1 << 20), MPI.BYTE]
+    whole, rest = divmod(nbytes, 1 << 20)
+    made = MPI.Datatype.Create_struct([whole, rest], [0, nbytes - rest], pieces).Commit()
+    pieces[0].Free()
+    return made
+
+
 def _reducible(request: NativeRequest) -> bool:
-    return request.op in _OPS and request.dtype not in ("float16", "bfloat16")
+    return request.op in _OPS and request.dtype not in _NOT_REDUCED
 
 
 def _spec(request: NativeRequest, address: int, count: int) -> list[Any]:
@@ -214,13 +217,14 @@ def _leave() -> None:
         for transport in list(_open):
             transport.close()
         return
-    if not _peers_lost:  # let the others find out; with lost peers the launcher would wait for them in vain
-        finalizer = threading.Thread(target=MPI.Finalize, daemon=True)
-        finalizer.start()
-        finalizer.join(_FINALIZE_SECONDS)
-        if not finalizer.is_alive():
-            return
-    # A rank that leaves without MPI_Finalize has failed: launchers then end the job.
     sys.stdout.flush()
     sys.stderr.flush()
+    if not _peers_lost:  # let the others find out; with lost peers the launcher would wait for them in vain
+        # MPI.Finalize keeps the interpreter to itself; only a C thread can end the process meanwhile.
+        with open(os.devnull, "w") as nowhere:
+            faulthandler.dump_traceback_later(_FINALIZE_SECONDS, exit=True, file=nowhere)
+            MPI.Finalize()
+            faulthandler.cancel_dump_traceback_later()
+        return
+    # A rank that leaves without MPI_Finalize has failed: launchers then end the job.
     os._exit(1)
