@@ -23,7 +23,7 @@ from tasp_coll.transport import Batch, Op, Transport
 HEADER_BYTES = 64  # one cache line, so that payloads are aligned
 NOT_INLINE = -1
 CONTROL_LANE = 0  # where no data travels
-_LAYOUT = struct.Struct("<16sqqqqq")
+_LAYOUT = struct.Struct("<16sqqqq")
 _PREPARED = 32
 
 
@@ -35,7 +35,6 @@ class Header(NamedTuple):
     rows: int = -1  # of its shard, where ranks may differ
     room: int = -1  # rows of the `recv` that it was given
     place: int = -1  # row of `recv` at which its `send` lies
-    early: int = 0  # bytes to each peer that are on their way already
 
     def packed(self) -> bytes:
         """As it travels."""

@@ -49,10 +49,6 @@ class Cache(Generic[K, V]):
                 self._kept.move_to_end(key)
             return value
 
-    def peek(self, key: K) -> V | None:
-        """The value, without using it."""
-        return self._kept.get(key)
-
     def put(self, key: K, value: V) -> V:
         """Keep a value."""
         with self._lock:

@@ -137,10 +137,7 @@ class Exchange:
             assert node.place is not None
             lane = (node.lane + 1) * slots + slot  # below are the lanes of agreements
             ops.append(Op(node.send, node.peer, lane, self.address(node.place), node.place.nbytes))
-        self.ops = tuple(ops)
         self.batch: Batch = transport.prepare(ops)
-        self.sends = [number for number, op in enumerate(ops) if op.send]
-        self.receives = [number for number, op in enumerate(ops) if not op.send]
         self.number = {index: op for op, index in enumerate(self.messages)}
 
     def address(self, place: Place) -> int:
@@ -155,17 +152,13 @@ class Exchange:
 class Flow:
     """One run of an exchange. `poll` makes progress; `done` says that all nodes are complete."""
 
-    def __init__(self, exchange: Exchange, sent: bool = False) -> None:
-        """sent: the exchange's sends have been started already; only for a program that is free running."""
+    def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
         program = exchange.program
         self.done = False
         self._bulk = program.free_running
         if self._bulk:
-            if sent:
-                exchange.batch.start(exchange.receives)
-            else:
-                exchange.batch.start_all()
+            exchange.batch.start_all()
             return
         self.complete = [False] * len(program.nodes)
         self._waits = list(program.waits)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer
-from tasp_coll.core import SLOTS, Arena, Compiled, Core, max_rings
+from tasp_coll.core import Arena, Compiled, Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
-from tasp_coll.executor import Exchange, Flow, Program
+from tasp_coll.executor import Flow, Program
 from tasp_coll.schedule import Schedule
-from tasp_coll.transport import NativeRequest, Op
+from tasp_coll.transport import NativeRequest
 from tasp_coll.tuning import Choice, direct
 
 ALGORITHMS = ("auto", "rings", "ring", "direct", "native")
@@ -26,7 +26,6 @@ _EXPLAIN = b"explain".ljust(16)
 _READY = b"ready".ljust(16)
 _AGREEING, _MOVING = "agreeing on the call", "moving data"
 _QUICK_POLLS = 32
-EARLY_LANE = SLOTS  # ring 0 of a call: where data may travel along with the agreement
 Steps = Generator[bool, None, Any]
 
 
@@ -117,9 +116,8 @@ class Collective:
         self.out: Buffer | None = None
         self.given, self.held = recv, send
         self.chosen: Choice | None = None
-        self._greetings: dict[bool, tuple[bytes, int, int]] = {}
+        self._greeting: tuple[bytes, int, int] | None = None
         self._small = self._posted = False
-        self._ran: tuple[Any, ...] | None = None  # key of the plan that ran, where it may start early next time
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
             self.call = self._known_call()
@@ -234,7 +232,7 @@ class Collective:
         if not self._small:
             return False
         rounds, pause = self.core.rounds, self.core.transport.pause
-        rounds.post(*self._greetings[False])
+        rounds.post(*self._greet())
         for _ in range(_QUICK_POLLS):
             if rounds.poll():
                 if not rounds.same(self.call.signature):
@@ -253,14 +251,8 @@ class Collective:
             self.unpack()
             self.chosen = self.chosen or direct(self.collective, self.core.size)
             self._small = self.repeatable
-        elif self.flow is not None:
-            self.phase = _MOVING
-            self.core.compiled.get(self._ran or ())  # used: ranks must keep and drop the same plans
-            while not self.flow.done:
-                yield self.flow.poll()
-            self.own()
         else:
-            self.chosen = self._choose()
+            self.chosen = self.chosen or self._choose()
             if self.chosen is not None and self.chosen.algorithm == "native":
                 yield from self._run_native()
             else:
@@ -282,52 +274,21 @@ class Collective:
     def agree(self) -> Steps:
         """The round that begins every call: all go on, or all raise."""
         rounds = self.core.rounds
-        exchange = None if self._posted else self._repeated()
         if not self._posted:
-            rounds.post(*self._greet(exchange))
+            rounds.post(*self._greet())
         self._posted = False
-        if exchange is not None:
-            exchange.batch.start(exchange.sends)
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(self.call.signature):
-            yield from self._withdraw(exchange)
             yield from self._explain()
-        if exchange is not None:
-            self.flow = Flow(exchange, sent=True)
 
-    def _greet(self, exchange: Exchange | None) -> tuple[bytes, int, int]:
+    def _greet(self) -> tuple[bytes, int, int]:
         """The packed header, and address and length of the payload."""
-        early = exchange is not None
-        found = self._greetings.get(early)
-        if found is None:
+        if self._greeting is None:
             header = self.header()
-            if exchange is not None:
-                header = header._replace(early=max((op.nbytes for op in exchange.ops if op.send), default=0))
             payload = max(header.payload, 0)
-            found = self._greetings[early] = header.packed(), self.send.address if payload else 0, payload
-        return found
-
-    def _repeated(self) -> Exchange | None:
-        """What may be sent along with the agreement: the very exchange that this operation ran before.
-
-        Receives follow when all have agreed, so that a message never meets the wrong one.
-        """
-        compiled = None if self._ran is None else self.core.compiled.peek(self._ran)
-        return None if compiled is None else compiled.exchange(0, self.bases()[0])
-
-    def _withdraw(self, exchange: Exchange | None) -> Steps:
-        """Ranks disagree: take what peers have sent already, and see what this rank sent taken."""
-        rounds = self.core.rounds
-        coming = {rank: header.early for rank, header in enumerate(rounds.headers()) if rank != rounds.rank}
-        scratch = ctypes.create_string_buffer(max(coming.values(), default=0))
-        place = ctypes.addressof(scratch)
-        drains = [Op(False, rank, EARLY_LANE, place, nbytes) for rank, nbytes in coming.items() if nbytes]
-        batch = self.core.transport.prepare(drains)
-        batch.start_all()
-        while not (batch.test_all() and (exchange is None or exchange.batch.test_all())):
-            yield False
-        batch.free()
+            self._greeting = header.packed(), self.send.address if payload else 0, payload
+        return self._greeting
 
     def _explain(self) -> Steps:
         """Tell each other what was passed, and raise."""
@@ -414,8 +375,6 @@ class Collective:
             while not self.flow.done:
                 yield self.flow.poll()
         self.own()
-        if len(compiled.programs) == 1 and may_be_early(compiled.programs[0], self.core.size):
-            self._ran = self.compiled_key()
 
     def _run_native(self) -> Steps:
         wanted = self.native()
@@ -464,9 +423,3 @@ class Collective:
         ):
             return
         raise ArgumentError(f"recv must have shape {shape}, got {out.shape}")
-
-
-def may_be_early(program: Program, ranks: int) -> bool:
-    """Whether it is one message to and from each peer on the first ring, all at once: peers can tell what comes."""
-    pairs = {(node.send, node.peer) for node in program.nodes if node.lane == 0}
-    return program.free_running and len(program.nodes) == len(pairs) == 2 * (ranks - 1)

@@ -55,7 +55,8 @@ class Cuts:
 def moves(schedule: Schedule, rank: int, cuts: Cuts) -> list[tuple[int, bool, int, Key, int]]:
     """The rank's messages that are not empty, in the order of steps: (step, send, peer, key, lane)."""
     found = []
-    for is_send, rows in zip((True, False), schedule.pattern.moves(rank), strict=True):
+    sends, receives = schedule.pattern.moves(rank)
+    for is_send, rows in ((False, receives), (True, sends)):  # what is expected when it comes need not be put aside
         for step, peer, origin, chunk, ring in rows.tolist():
             if cuts.nbytes((origin, chunk)):
                 found.append((step, is_send, peer, (origin, chunk), ring))
@@ -66,7 +67,7 @@ def moves(schedule: Schedule, rank: int, cuts: Cuts) -> list[tuple[int, bool, in
 def gather_program(schedule: Schedule, rank: int, sizes: Sequence[int]) -> Program:
     """AllGather from "send" (this rank's shard) into "recv" (all shards, rank-major). sizes: bytes of each shard.
 
-    The rank's own shard is not copied: that is the caller's, while messages travel.
+    The rank's own shard is not copied: that is the caller's.
     """
     cuts = Cuts.of(schedule, sizes, 1, ALIGN)
     builder = Builder()

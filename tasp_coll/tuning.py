@@ -46,13 +46,13 @@ def rule(situation: Situation, collective: str, shard_bytes: int, half: bool) ->
     """The built-in rule. half: a dtype whose sums travel in float32, which only the direct exchange avoids.
 
     On one switch a single ring is optimal. On a full mesh whose links someone has described rings use all of them.
-    Where nothing is known, ranks on one host share memory, and a direct exchange copies least; over several hosts the
-    MPI library knows the network better than we do.
+    Where nothing is known of the links, or where there are none, as in shared memory, the MPI library's own collective
+    is the one to take; small shards travel with the agreement, whatever this says.
     """
     ranks, topology = situation.topology.ranks, situation.topology
     plain = direct(collective, ranks)
     if not situation.given:
-        return Choice("native") if situation.hosts > 1 and situation.native and not half else plain
+        return Choice("native") if situation.native and not half else plain
     if shard_bytes < _LARGE or half or ranks < 3:
         return plain
     if topology.is_single_switch:

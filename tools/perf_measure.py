@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -131,5 +132,11 @@ class Bench:
 
 
 def turns(count: int, iteration: int) -> list[int]:
-    """The order of `count` algorithms in an iteration: each is first, second ... last equally often."""
-    return [(turn + iteration) % count for turn in range(count)]
+    """The order of `count` algorithms in an iteration: each is first, second ... last equally often.
+
+    The stride changes from round to round, so that none always follows the same other one, whose threads may still
+    be at work, or whose data is in the caches.
+    """
+    strides = [stride for stride in range(1, count + 1) if gcd(stride, count) == 1]
+    stride = strides[iteration // count % len(strides)]
+    return [(turn * stride + iteration) % count for turn in range(count)]
