@@ -97,7 +97,7 @@ class AllGatherV(AllGather):
         if not self.send.shape:
             raise ArgumentError("send must have an axis 0 to be gathered along, got a 0-d array")
         self._rows, self._rest = Shape.of(self.send.shape)
-        self._row_bytes = self.send.nbytes // self._rows if self._rows else self._row_size()
+        self._row_bytes = Shape.of(self.send.shape).row_elements * self.send.itemsize
         self._counts: tuple[int, ...] = ()
         self._room = self._place = -1
         if recv is None:
@@ -110,12 +110,6 @@ class AllGatherV(AllGather):
             self._place = offset // self._row_bytes if self._row_bytes and offset % self._row_bytes == 0 else -1
         shape = (self._room, *self._rest)
         self.out = self.receive(recv, shape, self._place * self._row_bytes if self._place >= 0 else None)
-
-    def _row_size(self) -> int:
-        size = self.send.itemsize
-        for extent in self._rest:
-            size *= extent
-        return size
 
     def header(self) -> Header:
         if self.error is not None:
@@ -221,9 +215,7 @@ class ReduceScatter(_Reducing):
         if not self.send.shape:
             raise ArgumentError("send must have an axis 0 to be scattered along, got a 0-d array")
         rows, rest = Shape.of(self.send.shape)
-        self._row_elements = 1
-        for extent in rest:
-            self._row_elements *= extent
+        self._row_elements = Shape.of(self.send.shape).row_elements
         self._rows = self._split(rows)
         before = sum(self._rows[: self.core.rank]) * self._row_elements * self.send.itemsize
         self.out = self.receive(recv, (self._rows[self.core.rank], *rest), None)

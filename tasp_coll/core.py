@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -188,3 +189,8 @@ class Shape(NamedTuple):
     def of(cls, shape: tuple[int, ...]) -> Shape:
         """Split an array's shape."""
         return cls(shape[0], shape[1:]) if shape else cls(1, ())
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.rest)

@@ -377,7 +377,6 @@ class _Watch:
         self._engine, self.operation = engine, operation
         self.idle = 0
         self._since = 0.0
-        self._polls = 0
 
     def wait(self) -> None:
         """After a poll without progress."""

@@ -55,6 +55,7 @@ class Kind(Protocol):
 
 
 def type_error(name: str, came: object, rule: str) -> ArgumentTypeError:
+    """The error for an argument of the wrong kind: its name, the rule and the type that came."""
     module = type(came).__module__
     label = type(came).__qualname__ if module == "builtins" else f"{module}.{type(came).__qualname__}"
     return ArgumentTypeError(f"{name} {rule}; got {label}")
@@ -75,6 +76,7 @@ def numpy_dtype_name(dtype: np.dtype[Any]) -> str:
 
 @functools.lru_cache(maxsize=128)
 def torch_dtype_name(dtype: Any) -> str:
+    """Canonical name of a torch dtype."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -68,9 +68,7 @@ class _Open(Collective):
         if not self.send.shape:
             raise ArgumentError("an axis 0 is needed to go by rows, got a 0-d array")
         self._shape = Shape.of(self.send.shape)
-        self.row_elements = 1
-        for extent in self._shape.rest:
-            self.row_elements *= extent
+        self.row_elements = self._shape.row_elements
         self.rows: tuple[int, ...] = ()
 
     def header(self) -> Header:

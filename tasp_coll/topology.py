@@ -298,6 +298,7 @@ def _number(value: object) -> float | None:
 
 
 def order(node: Node) -> tuple[bool, int, str]:
+    """Sort key of nodes: ranks by number, then switches by name."""
     return (True, 0, node) if isinstance(node, str) else (False, node, "")
 
 
