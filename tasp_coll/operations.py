@@ -14,11 +14,12 @@ from tasp_coll.arrays import Buffer
 from tasp_coll.core import Arena, Compiled, Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
+from tasp_coll.hierarchical import slices_for
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
 from tasp_coll.tuning import Choice, direct
 
-ALGORITHMS = ("auto", "rings", "ring", "direct", "native")
+ALGORITHMS = ("auto", "rings", "ring", "direct", "hierarchical", "native")
 NoneType = type(None)
 _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
@@ -327,6 +328,8 @@ class Collective:
             return direct(self.collective, core.size)
         if options.algorithm == "native":
             return Choice("native")
+        if options.algorithm == "hierarchical":
+            return Choice("hierarchical", None, slices_for(max(self.sizes(), default=0)))
         half = self.collective != "allgather" and self.send.dtype in _HALVES
         chosen = core.chooser.choose(core.situation, self.collective, max(self.sizes(), default=0), half)
         if chosen.algorithm == "native" and not core.transport.has_native(self.native()):

@@ -20,8 +20,10 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from tasp_coll.decomposition import Ring, decompose
-from tasp_coll.errors import ArgumentError, ScheduleError
+from tasp_coll.errors import ArgumentError, ScheduleError, TopologyError
 from tasp_coll.hamilton import max_disjoint
+from tasp_coll.hierarchical import OTHERS, HierarchicalPattern, capacity_share
+from tasp_coll.nodes import nodes_of
 from tasp_coll.patterns import (
     AllToAllPattern,
     ChainedPattern,
@@ -34,7 +36,9 @@ from tasp_coll.patterns import (
 from tasp_coll.topology import Topology
 
 COLLECTIVES = ("allgather", "reduce_scatter", "allreduce", "all_to_all")
-ALGORITHMS = ("rings", "ring", "direct")
+ALGORITHMS = ("rings", "ring", "direct", "hierarchical")
+_SLICED = ("direct", "hierarchical")
+_SLICES = 8  # of a hierarchical plan: 1/8 of a shard's time on the first NIC before anything can overlap
 
 
 class Transfer(NamedTuple):
@@ -105,6 +109,8 @@ class Schedule:
     @property
     def ring_count(self) -> int:
         """One more than the highest number of a ring in its transfers."""
+        if self.algorithm == "hierarchical":
+            return OTHERS + 1
         if isinstance(self.pattern, ListedPattern):
             return 1 + max((int(rows[:, 4].max()) for rows in self.pattern.rows if len(rows)), default=0)
         return max(len(self.rings), 1)
@@ -233,10 +239,11 @@ def plan(
     """The schedule of `collective` by `algorithm` on `topology`. It is not yet proved: see `Schedule.verify`.
 
     topology: a Topology or a preset's name. collective: "allgather", "reduce_scatter", "allreduce" or "all_to_all"
-    (direct only). algorithm: "rings" (all link-disjoint rings, or `rings` of them), "ring" (one) or "direct" (the
+    (direct only). algorithm: "rings" (all link-disjoint rings, or `rings` of them), "ring" (one), "direct" (the
     sliced direct exchange: at step t every rank sends slice t of its own shard to every peer; `slices`, n-1 if left
-    out). counts: rows of each rank's shard where they differ, 0 allowed. reverse: an allgather in the opposite
-    direction round each ring, or with the slices in the opposite order; the mirror image of the reduce_scatter.
+    out) or "hierarchical" (several equal nodes, see `tasp_coll.hierarchical`; `slices`, 8 if left out). counts: rows
+    of each rank's shard where they differ, 0 allowed. reverse: an allgather in the opposite direction round each
+    ring, or with the slices in the opposite order; the mirror image of the reduce_scatter.
 
     Raises ArgumentError or TopologyError that names the argument, the rule and what came.
     """
@@ -247,15 +254,19 @@ def plan(
         raise ArgumentError(f"algorithm must be one of {', '.join(ALGORITHMS)} to be planned, got {algorithm!r}")
     if rings is not None and algorithm != "rings":
         raise ArgumentError(f"rings applies to algorithm 'rings' only, got rings={rings!r} with {algorithm!r}")
-    if slices is not None and (algorithm != "direct" or collective == "all_to_all"):
-        raise ArgumentError(f"slices applies to algorithm 'direct' only, got slices={slices!r} with {algorithm!r}")
-    if reverse and collective != "allgather":
-        raise ArgumentError(f"reverse applies to collective 'allgather' only, got {collective!r}")
+    if slices is not None and (algorithm not in _SLICED or collective == "all_to_all"):
+        raise ArgumentError(f"slices applies to {' and '.join(_SLICED)} only, got slices={slices!r} with {algorithm!r}")
+    if reverse and (collective != "allgather" or algorithm == "hierarchical"):
+        raise ArgumentError(
+            f"reverse applies to collective 'allgather' by rings or direct only, got {collective!r} by {algorithm!r}"
+        )
     rows = None if counts is None else _check_counts(counts, topology.ranks)
     if collective == "all_to_all":
         return _plan_all_to_all(topology, algorithm, rows)
     if algorithm == "direct":
         return _plan_direct(topology, collective, slices, rows, reverse)
+    if algorithm == "hierarchical":
+        return _plan_hierarchical(topology, collective, slices, rows)
     return _plan_rings(topology, collective, algorithm, 1 if algorithm == "ring" else rings, rows, reverse)
 
 
@@ -317,13 +328,33 @@ def _plan_direct(
     topology: Topology, collective: str, slices: int | None, counts: tuple[int, ...] | None, reverse: bool
 ) -> Schedule:
     n = topology.ranks
-    if slices is None:
-        slices = max(n - 1, 1)
-    if not isinstance(slices, int) or isinstance(slices, bool) or slices < 1:
-        raise ArgumentError(f"slices must be an integer >= 1, got {slices!r}")
+    slices = _check_slices(slices, max(n - 1, 1))
     pattern = _directed(DirectPattern(n, slices, reverse), collective)
     share = _direct_share(topology, Fraction(1, slices))
     return Schedule(topology, collective, "direct", pattern, uniform_weights(slices), (), counts, share)
+
+
+def _plan_hierarchical(
+    topology: Topology, collective: str, slices: int | None, counts: tuple[int, ...] | None
+) -> Schedule:
+    nodes = nodes_of(topology)
+    if nodes is None:
+        raise TopologyError(
+            f"algorithm 'hierarchical' needs two or more equal nodes, each a full mesh or a switch of equal links, and "
+            f"an equal NIC for every rank; topology {topology.name!r} is not of that form"
+        )
+    slices = _check_slices(slices, _SLICES)
+    pattern = _directed(HierarchicalPattern(nodes.groups, slices), collective)
+    share = capacity_share(nodes, slices)
+    return Schedule(topology, collective, "hierarchical", pattern, uniform_weights(slices), (), counts, share)
+
+
+def _check_slices(slices: int | None, default: int) -> int:
+    if slices is None:
+        return default
+    if not isinstance(slices, int) or isinstance(slices, bool) or slices < 1:
+        raise ArgumentError(f"slices must be an integer >= 1, got {slices!r}")
+    return slices
 
 
 def _plan_all_to_all(topology: Topology, algorithm: str, counts: tuple[int, ...] | None) -> Schedule:

@@ -15,6 +15,7 @@ from tasp_coll.agreement import Header
 from tasp_coll.core import SLOTS, Arena, Compiled, Core, Shape
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.executor import Flow, Piece, Program
+from tasp_coll.hierarchical import slices_for
 from tasp_coll.operations import Call, Collective, Options, Steps
 from tasp_coll.programs import gather_steps_program
 from tasp_coll.reduce_programs import reduce_steps_program
@@ -61,15 +62,20 @@ class _Open(Collective):
         )
 
     def prepare(self, recv: Any) -> None:
-        if self.options.algorithm == "native" or isinstance(self.options.algorithm, Schedule):
+        if self.options.algorithm not in self.algorithms():
             raise ArgumentError(
-                f"algorithm must be auto, rings, ring or direct to go step by step, got {self.options.label!r}"
+                f"algorithm must be one of {', '.join(self.algorithms())} to go step by step"
+                f"{' in reverse' if self.options.extra else ''}, got {self.options.label!r}"
             )
         if not self.send.shape:
             raise ArgumentError("an axis 0 is needed to go by rows, got a 0-d array")
         self._shape = Shape.of(self.send.shape)
         self.row_elements = self._shape.row_elements
         self.rows: tuple[int, ...] = ()
+
+    def algorithms(self) -> tuple[str, ...]:
+        """Those that can go step by step. Only rings and slices have a mirror image in step with them."""
+        return ("auto", "rings", "ring", "direct")
 
     def header(self) -> Header:
         if self.error is not None:
@@ -100,6 +106,8 @@ class _Open(Collective):
         options = self.options
         if options.algorithm == "direct":
             return Choice("direct")
+        if options.algorithm == "hierarchical":
+            return Choice("hierarchical", None, slices_for(max(self.sizes(), default=0)))
         topology, free = self.core.topology, options.algorithm == "auto" and options.rings is None
         if free and not (topology.is_full_mesh or topology.is_single_switch):
             return Choice("direct")
@@ -120,6 +128,9 @@ class OpenGather(_Open):
     """Opens `allgather_steps`."""
 
     collective, name = "allgather", "allgather_steps"
+
+    def algorithms(self) -> tuple[str, ...]:
+        return super().algorithms() if self.options.extra else (*super().algorithms(), "hierarchical")
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
         row_bytes = self.row_elements * self.send.itemsize

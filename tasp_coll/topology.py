@@ -184,7 +184,7 @@ class Topology:
         return link.GBps if link else 0.0
 
     def path(self, src: int, dst: int) -> tuple[tuple[Node, Node], ...]:
-        """Links that data crosses from rank `src` to rank `dst`: the fewest hops, the same at every call.
+        """Links that data crosses from rank `src` to rank `dst`: the fewest hops, of these the widest way.
 
         Other ranks forward only where no route runs through switches alone. Empty for `src` == `dst`.
         """
@@ -256,13 +256,13 @@ class Topology:
     def _before(self, src: int, through_ranks: bool) -> dict[Node, Node]:
         """Node before each node on its route from `src`.
 
-        Of equal routes, the smallest XOR with `src` decides: it spreads an all-to-all evenly over the links
-        of hypercubes (e-cube routing) and of square tori of 2^k, where the smallest number would not.
+        Of equally short and wide routes, the smallest XOR with `src` decides: it spreads an all-to-all evenly over
+        the links of hypercubes (e-cube routing) and of square tori of 2^k, where the smallest number would not.
         """
         number = self._number
         if (src, through_ranks) not in self._routes:
             self._routes[src, through_ranks] = _breadth_first(
-                self._targets, src, lambda node: number[node] ^ src, through_ranks
+                self._targets, src, lambda node: number[node] ^ src, through_ranks, self.GBps
             )
         return self._routes[src, through_ranks]
 
@@ -385,18 +385,28 @@ def _neighbours(arcs: Iterable[tuple[Node, Node]]) -> dict[Node, list[Node]]:
 
 
 def _breadth_first(
-    targets: Mapping[Node, Sequence[Node]], src: int, key: Callable[[Node], Any], through_ranks: bool
+    targets: Mapping[Node, Sequence[Node]],
+    src: int,
+    key: Callable[[Node], Any],
+    through_ranks: bool,
+    rate: Callable[[Node, Node], float] = lambda u, v: 1.0,
 ) -> dict[Node, Node]:
-    """The node before each node on its fewest-hop route from `src`, of several the one of smallest key."""
+    """The node before each node on its fewest-hop route from `src`, of several the widest, then of smallest key."""
     before: dict[Node, Node] = {src: src}
+    width: dict[Node, float] = {src: math.inf}
     reached: list[Node] = [src]
     while reached:
-        ordered, reached = sorted(reached, key=key), []
+        ordered = sorted(reached, key=key)
+        found: dict[Node, tuple[float, Node]] = {}
         for node in ordered:
             if through_ranks or node == src or isinstance(node, str):
-                fresh = [target for target in targets.get(node, ()) if target not in before]
-                before.update(dict.fromkeys(fresh, node))
-                reached += fresh
+                for target in targets.get(node, ()):
+                    wide = min(width[node], rate(node, target))
+                    if target not in width and wide > found.get(target, (0.0,))[0]:
+                        found[target] = wide, node
+        before |= {target: node for target, (_, node) in found.items()}
+        width |= {target: wide for target, (wide, _) in found.items()}
+        reached = list(found)
     return before
 
 

@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
     "topology": ("cutbound", "topology", "presets", "topology_file", "nodes"),
     "decomposition": ("hamilton", "decomposition"),
-    "schedule": ("patterns", "schedule"),
+    "schedule": ("patterns", "hierarchical", "schedule"),
     "verify": ("loads", "verify"),
     "arrays": ("frameworks", "arrays", "reduction"),
     "transport": ("transport", "transport.loopback", "transport.mpi"),

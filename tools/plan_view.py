@@ -153,7 +153,7 @@ def _distinct_steps(schedule: Schedule) -> list[tuple[int, int]]:
     With equal shards a ring turns on the same links, and a slice goes to every peer, at each step of a phase.
     """
     steps, head = schedule.pattern.steps, _reduce_steps(schedule)
-    if schedule.counts is not None:
+    if schedule.counts is not None or schedule.algorithm == "hierarchical":
         return [(step, 1) for step in range(steps)]
     return [(first, repeats) for first, repeats in ((0, head), (head, steps - head)) if repeats]
 
