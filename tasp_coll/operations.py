@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
-from tasp_coll.arrays import Buffer
+from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Arena, Compiled, Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
@@ -117,7 +116,7 @@ class Collective:
         self.out: Buffer | None = None
         self.given, self.held = recv, send
         self.chosen: Choice | None = None
-        self._greeting: tuple[bytes, int, int] | None = None
+        self._greeting: tuple[bytes, memoryview | bytes] | None = None
         self._small = self._posted = False
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
@@ -283,12 +282,12 @@ class Collective:
         if self.error is not None or not rounds.same(self.call.signature):
             yield from self._explain()
 
-    def _greet(self) -> tuple[bytes, int, int]:
-        """The packed header, and address and length of the payload."""
+    def _greet(self) -> tuple[bytes, memoryview | bytes]:
+        """The packed header, and the payload."""
         if self._greeting is None:
             header = self.header()
-            payload = max(header.payload, 0)
-            self._greeting = header.packed(), self.send.address if payload else 0, payload
+            nbytes = max(header.payload, 0)
+            self._greeting = header.packed(), memory_at(self.send.address, nbytes).data if nbytes else b""
         return self._greeting
 
     def _explain(self) -> Steps:
@@ -302,8 +301,7 @@ class Collective:
         else:
             described |= dict(self.call.described)
         text = encode(described, rounds.capacity)
-        memory = ctypes.create_string_buffer(text, len(text))
-        rounds.post(Header(_EXPLAIN, len(text)).packed(), ctypes.addressof(memory), len(text))
+        rounds.post(Header(_EXPLAIN, len(text)).packed(), text)
         while not rounds.poll():
             yield False
         raise disagreement([rounds.text(rank) for rank in range(rounds.size)]) from self.error
