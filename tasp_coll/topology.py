@@ -128,6 +128,18 @@ class Topology:
         return read(Path(path))
 
     @staticmethod
+    def discover(comm: Any = None, *, repeats: int = 3) -> Topology:
+        """The topology that the ranks of `comm` measure, the same on all of them. Collective.
+
+        comm: a Communicator, or what makes one (None: all ranks of MPI). repeats: of which medians are taken. Pairwise
+        and concurrent bandwidth tell a full mesh, one switch, or several equal nodes of either kind; TopologyError on
+        every rank if none of these explains them. The rates are what messages of this transport get.
+        """
+        from tasp_coll.probe import discover
+
+        return discover(comm, repeats=repeats)
+
+    @staticmethod
     def resolve(value: Topology | str | os.PathLike[str] | None, ranks: int) -> Topology:
         """The topology that a caller means by `value`, which must have `ranks` ranks (else TopologyError).
 

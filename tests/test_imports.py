@@ -19,7 +19,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 # to right, and from rooms above. A new module needs a place here.
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
-    "topology": ("cutbound", "topology", "presets", "topology_file", "nodes"),
+    "topology": ("cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
     "decomposition": ("hamilton", "decomposition"),
     "schedule": ("patterns", "hierarchical", "schedule"),
     "verify": ("loads", "verify"),
@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "core": ("memos", "core"),
     "bootstrap": ("bootstrap",),
     "collectives": ("operations", "collectives", "streams"),
-    "communicator": ("communicator", "functions"),
+    "communicator": ("communicator", "functions", "probe"),
 }
 ORDER = [module for room in ROOMS.values() for module in room]
 
@@ -39,6 +39,7 @@ ORDER = [module for room in ROOMS.values() for module in room]
 BACKWARDS = {
     ("topology", "presets"): "Topology.preset(spec): presets build Topologies",
     ("topology", "topology_file"): "Topology.from_file and save: the file's format is apart from the value",
+    ("topology", "probe"): "Topology.discover: measuring needs a communicator",
     ("schedule", "verify"): "Schedule.verify and phases: the proof reads schedules",
 }
 
