@@ -22,7 +22,7 @@ _HOME = {
     "Link": "topology",
     "MismatchError": "errors",
     "PeerTimeoutError": "errors",
-    "Ring": "decomposition",
+    "Ring": "rings",
     "Schedule": "schedule",
     "ScheduleError": "errors",
     "Topology": "topology",
@@ -67,7 +67,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tasp_coll.communicator import Communicator
-    from tasp_coll.decomposition import Ring, decompose, ring_neighbours
+    from tasp_coll.decomposition import decompose, ring_neighbours
     from tasp_coll.errors import (
         ArgumentError,
         ArgumentTypeError,
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         decomposed_reduce_scatter,
         reduce_scatter_steps,
     )
+    from tasp_coll.rings import Ring
     from tasp_coll.schedule import Schedule, Transfer, plan
     from tasp_coll.topology import Link, Topology
 

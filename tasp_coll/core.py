@@ -27,8 +27,8 @@ V = TypeVar("V")
 
 
 def max_rings(ranks: int) -> int:
-    """How many rings a schedule on so many ranks may number: 10 on a mesh of 6, else less than ranks."""
-    return max(ranks, 10)
+    """How many rings a schedule on so many ranks may number: a decomposition has no more than 2 for every peer."""
+    return max(2 * ranks, 10)
 
 
 class Cache(Generic[K, V]):

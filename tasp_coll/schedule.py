@@ -19,9 +19,8 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from tasp_coll.decomposition import Ring, decompose
+from tasp_coll.decomposition import decomposition_of
 from tasp_coll.errors import ArgumentError, ScheduleError, TopologyError
-from tasp_coll.hamilton import max_disjoint
 from tasp_coll.hierarchical import OTHERS, HierarchicalPattern, capacity_share
 from tasp_coll.nodes import nodes_of
 from tasp_coll.patterns import (
@@ -33,6 +32,7 @@ from tasp_coll.patterns import (
     ReversedPattern,
     RingPattern,
 )
+from tasp_coll.rings import Ring
 from tasp_coll.topology import Topology
 
 COLLECTIVES = ("allgather", "reduce_scatter", "allreduce", "all_to_all")
@@ -176,7 +176,7 @@ class Schedule:
         steps: per step the transfers, `Transfer` or (src, dst, origin, chunk, ring). Chunks number 0 to k-1; their
         weights are equal unless `weights` says otherwise. For "allreduce" the steps begin with a reduce-scatter.
         In one step a ring carries at most one chunk from one rank to another: number the rings accordingly, from 0,
-        and below max(ranks, 10) if it is to run on a communicator.
+        and below max(2 * ranks, 10) if it is to run on a communicator.
 
         Raises ArgumentError for bad arguments and ScheduleError for a transfer that names no rank, or no chunk.
         The proof is a separate call, `verify()`; a communicator makes it before the first run.
@@ -243,7 +243,8 @@ def plan(
     sliced direct exchange: at step t every rank sends slice t of its own shard to every peer; `slices`, n-1 if left
     out) or "hierarchical" (several equal nodes, see `tasp_coll.hierarchical`; `slices`, 8 if left out). counts: rows
     of each rank's shard where they differ, 0 allowed. reverse: an allgather in the opposite direction round each
-    ring, or with the slices in the opposite order; the mirror image of the reduce_scatter.
+    ring, or with the slices in the opposite order; the mirror image of the reduce_scatter. Where links differ by
+    direction, so that rings cannot be turned round, both keep to the rings' own direction.
 
     Raises ArgumentError or TopologyError that names the argument, the rule and what came.
     """
@@ -284,11 +285,11 @@ def _check_counts(counts: Sequence[int], ranks: int) -> tuple[int, ...]:
     return tuple(int(row) for row in rows)
 
 
-def _directed(pattern: Pattern, collective: str) -> Pattern:
-    """The collective's pattern from that of an allgather."""
+def _directed(pattern: Pattern, collective: str, backward: Pattern | None = None) -> Pattern:
+    """The collective's pattern from that of an allgather; `backward`: another to turn round for a reduction."""
     if collective == "allgather":
         return pattern
-    back = ReversedPattern(pattern)
+    back = ReversedPattern(pattern if backward is None else backward)
     return back if collective == "reduce_scatter" else ChainedPattern(back, pattern)
 
 
@@ -300,28 +301,17 @@ def _plan_rings(
     counts: tuple[int, ...] | None,
     reverse: bool,
 ) -> Schedule:
-    rings = decompose(topology, count)
-    if reverse:
-        rings = tuple(ring.reversed() for ring in rings)
-    pattern = RingPattern(tuple(ring.ranks for ring in rings))
+    found = decomposition_of(topology, count)
+    rings = tuple(ring.reversed() for ring in found.backward) if reverse else found.rings
+    pattern = _ring_pattern(rings)
+    back = pattern if found.reversible else _ring_pattern(found.backward)
     weights = tuple(ring.weight for ring in rings)
-    return Schedule(
-        topology,
-        collective,
-        algorithm,
-        _directed(pattern, collective),
-        weights,
-        rings,
-        counts,
-        _ring_share(topology, len(rings)),
-    )
+    directed = _directed(pattern, collective, back)
+    return Schedule(topology, collective, algorithm, directed, weights, rings, counts, found.share)
 
 
-def _ring_share(topology: Topology, rings: int) -> Fraction:
-    """What the decomposition promises of every link in a step: its rings, at their widths, and no more."""
-    if topology.is_single_switch:
-        return Fraction(1)  # every ring passes every port
-    return Fraction(1 if rings <= max(max_disjoint(topology.ranks), 1) else 2, rings)
+def _ring_pattern(rings: Sequence[Ring]) -> RingPattern:
+    return RingPattern(tuple(ring.ranks for ring in rings))
 
 
 def _plan_direct(

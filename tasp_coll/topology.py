@@ -209,6 +209,8 @@ class Topology:
             return ((src, dst),)
         if self.is_single_switch:
             return ((src, self.switches[0]), (self.switches[0], dst))
+        if via := self._common_switch(src, dst):
+            return ((src, via), (via, dst))
         before = self._before(src, through_ranks=False)
         if dst not in before:
             before = self._before(src, through_ranks=True)
@@ -264,6 +266,16 @@ class Topology:
     @cached_property
     def _routes(self) -> dict[tuple[int, bool], dict[Node, Node]]:
         return {}
+
+    def _common_switch(self, src: int, dst: int) -> Node | None:
+        """The switch between two ranks of which `_before` would tell, without a search; None if there is none."""
+        number = self._number
+        ways = [
+            (-min(self.GBps(src, node), self.GBps(node, dst)), number[node] ^ src, node)
+            for node in self._targets[src]
+            if isinstance(node, str) and (node, dst) in self._table
+        ]
+        return min(ways)[2] if ways else None
 
     def _before(self, src: int, through_ranks: bool) -> dict[Node, Node]:
         """Node before each node on its route from `src`.

@@ -20,7 +20,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
     "topology": ("cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
-    "decomposition": ("hamilton", "decomposition"),
+    "decomposition": ("rings", "hamilton", "two_level", "decomposition"),
     "schedule": ("patterns", "hierarchical", "schedule"),
     "verify": ("loads", "verify"),
     "arrays": ("frameworks", "arrays", "reduction"),
