@@ -18,6 +18,7 @@ import operator
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tasp_coll import bootstrap, tuning
@@ -28,6 +29,7 @@ from tasp_coll.engine import Engine
 from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.operations import Collective, Options
 from tasp_coll.schedule import Schedule
+from tasp_coll.simulate import software_costs
 from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce
 from tasp_coll.topology import ENVIRONMENT, Topology
 from tasp_coll.transport import Transport
@@ -235,7 +237,7 @@ class Communicator:
         """
         from tasp_coll.measure import measure
 
-        chooser = measure(self, sizes, repeats)
+        chooser = replace(measure(self, sizes, repeats), costs=self._core.chooser.costs)
         path = tuning.cache_file(self._core.situation, self.transport)
         _spread(self._core, chooser)
         if self.rank == 0:
@@ -281,7 +283,7 @@ def _plain(counts: Any) -> Any:
 
 
 def _join(transport: Transport, topology: Any, timeout: float, error: CollectiveError | None) -> Core:
-    """The first agreement, and rank 0's tuned table for all."""
+    """The first agreement, and rank 0's tuned table and costs for all."""
     given = topology is not None or bool(os.environ.get(ENVIRONMENT))
     found: Topology | None = None
     try:
@@ -295,10 +297,11 @@ def _join(transport: Transport, topology: Any, timeout: float, error: Collective
     native = transport.name == "mpi"
     situation = tuning.Situation(found, given, len(set(hosts)), native)
     core = Core(transport, found, situation, rounds, engine)
-    table = (
-        tuning.read(tuning.cache_file(situation, transport.name), found) if transport.rank == 0 else tuning.Chooser()
-    )
-    _spread(core, table)
+    chooser = tuning.Chooser()
+    if transport.rank == 0:
+        measured = tuning.read(tuning.cache_file(situation, transport.name), found)
+        chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
+    _spread(core, chooser)
     return core
 
 

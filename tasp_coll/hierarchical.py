@@ -19,12 +19,12 @@ from tasp_coll.patterns import Rows, as_rows
 
 RAIL, OWN, OTHERS = range(3)  # the `ring` of its transfers: along the rail, a rank's own shard, what the rail brought
 _SLICE = 1 << 15  # bytes below which a slice costs more than it hides
-_MOST_SLICES = 16
+MOST_SLICES = 16
 
 
 def slices_for(shard_bytes: int) -> int:
     """How many slices a shard is cut into: more hide the distribution better, until messages get small."""
-    return min(max(shard_bytes // _SLICE, 1), _MOST_SLICES)
+    return min(max(shard_bytes // _SLICE, 1), MOST_SLICES)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tasp_coll import arrays
@@ -13,10 +13,10 @@ from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Arena, Compiled, Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
-from tasp_coll.hierarchical import slices_for
+from tasp_coll.forecast import Choice, choice_of, direct
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
-from tasp_coll.tuning import Choice, direct
+from tasp_coll.tuning import rule
 
 ALGORITHMS = ("auto", "rings", "ring", "direct", "hierarchical", "native")
 NoneType = type(None)
@@ -78,6 +78,13 @@ class Options(NamedTuple):
         if schedule.ring_count > rings:
             raise ArgumentError(f"algorithm must number its rings below {rings}, got ring {schedule.ring_count - 1}")
         core.proved(schedule)
+
+    @property
+    def named(self) -> str | None:
+        """The algorithm that is asked for; None where it is to be chosen, or is a schedule."""
+        if isinstance(self.algorithm, Schedule) or (self.algorithm == "auto" and self.rings is None):
+            return None
+        return "rings" if self.algorithm == "auto" else self.algorithm
 
     @property
     def label(self) -> str:
@@ -320,18 +327,13 @@ class Collective:
         options, core = self.options, self.core
         if isinstance(options.algorithm, Schedule):
             return None
-        if options.rings is not None or options.algorithm in ("rings", "ring"):
-            return Choice("ring" if options.algorithm == "ring" else "rings", options.rings)
-        if options.algorithm == "direct":
-            return direct(self.collective, core.size)
-        if options.algorithm == "native":
-            return Choice("native")
-        if options.algorithm == "hierarchical":
-            return Choice("hierarchical", None, slices_for(max(self.sizes(), default=0)))
+        size = max(self.sizes(), default=0)
+        if options.named is not None:
+            return choice_of(options.named, self.collective, core.size, size, options.rings)
         half = self.collective != "allgather" and self.send.dtype in _HALVES
-        chosen = core.chooser.choose(core.situation, self.collective, max(self.sizes(), default=0), half)
+        chosen = core.chooser.choose(core.situation, self.collective, size, half)
         if chosen.algorithm == "native" and not core.transport.has_native(self.native()):
-            return direct(self.collective, core.size)
+            return rule(replace(core.situation, native=False), self.collective, size, half, core.chooser.costs)
         return chosen
 
     def _compiled(self) -> Generator[bool, None, Compiled]:

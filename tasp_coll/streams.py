@@ -15,13 +15,13 @@ from tasp_coll.agreement import Header
 from tasp_coll.core import SLOTS, Arena, Compiled, Core, Shape
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.executor import Flow, Piece, Program
-from tasp_coll.hierarchical import slices_for
+from tasp_coll.forecast import Choice, choice_of
 from tasp_coll.operations import Call, Collective, Options, Steps
 from tasp_coll.programs import gather_steps_program
 from tasp_coll.reduce_programs import reduce_steps_program
 from tasp_coll.reduction import reduction
 from tasp_coll.schedule import Schedule
-from tasp_coll.tuning import Choice
+from tasp_coll.tuning import stepwise
 
 _ALL_SLOTS = (1 << SLOTS) - 2  # slot 0 is for calls
 
@@ -103,16 +103,11 @@ class _Open(Collective):
         return compiled
 
     def _choose(self) -> Choice:
-        options = self.options
-        if options.algorithm == "direct":
-            return Choice("direct")
-        if options.algorithm == "hierarchical":
-            return Choice("hierarchical", None, slices_for(max(self.sizes(), default=0)))
-        topology, free = self.core.topology, options.algorithm == "auto" and options.rings is None
-        if free and not (topology.is_full_mesh or topology.is_single_switch):
-            return Choice("direct")
-        one = options.algorithm == "ring" or (free and topology.is_single_switch)
-        return Choice("ring") if one else Choice("rings", options.rings)
+        options, core = self.options, self.core
+        name = options.named or stepwise(core.topology, self.algorithms())
+        if name == "direct":
+            return Choice(name)  # a slice from every peer at each step
+        return choice_of(name, self.collective, core.size, max(self.sizes(), default=0), options.rings)
 
     def arena(self) -> Arena:
         return Arena()
@@ -137,7 +132,8 @@ class OpenGather(_Open):
         return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes),)
 
     def _schedule(self) -> Schedule:
-        return self.core.schedule(self.collective, self._choose(), reverse=bool(self.options.extra))
+        assert self.chosen is not None
+        return self.core.schedule(self.collective, self.chosen, reverse=bool(self.options.extra))
 
 
 class OpenReduce(_Open):
