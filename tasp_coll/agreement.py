@@ -41,13 +41,20 @@ class Header(NamedTuple):
         return _LAYOUT.pack(*self)
 
 
+def inline_bytes(ranks: int) -> int:
+    """How large a payload may be to travel with the agreement: ranks share nothing but their number.
+
+    It shrinks where many add up.
+    """
+    return max(1024, min(8192, (4 << 20) // ranks // 64 * 64))
+
+
 class Rounds:
     """Exchange of headers and small payloads between all ranks of a transport."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport, self.rank, self.size = transport, transport.rank, transport.size
-        # Ranks share nothing but their number, so that all get the same room; it shrinks where many add up.
-        self.capacity = max(1024, min(8192, (4 << 20) // self.size // 64 * 64))
+        self.capacity = inline_bytes(self.size)
         self.stride = HEADER_BYTES + self.capacity
         self._memory = np.zeros((self.size, self.stride), np.uint8)
         self._base = self._memory.ctypes.data

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from tasp_coll.agreement import HEADER_BYTES, inline_bytes
 from tasp_coll.errors import CollectiveError
 from tasp_coll.hierarchical import slices_for
 from tasp_coll.schedule import ALGORITHMS, Schedule, plan
@@ -68,7 +69,7 @@ def choice_of(algorithm: str, collective: str, ranks: int, shard_bytes: int, rin
 
 def forecasts(case: Case) -> tuple[Forecast, ...]:
     """All that can be planned, from simple to complicated."""
-    found = ((choice, _predicted(case, choice)) for choice in _choices(case))
+    found = ((choice, forecast(case, choice)) for choice in _choices(case))
     return tuple(Forecast(choice, prediction) for choice, prediction in found if prediction is not None)
 
 
@@ -92,6 +93,21 @@ def _choose(case: Case) -> Choice:
     return fastest(found).choice
 
 
+def call_seconds(case: Case, choice: Choice, asked: str) -> float | None:
+    """What a communicator's call takes, `choice` being what it came to for `asked`; None as for `forecast`.
+
+    Every call begins with an agreement, a message from each rank to each other; small payloads travel with it.
+    """
+    ranks = case.topology.ranks
+    payload = case.shard_bytes * (1 if case.collective == "allgather" else ranks)
+    small = asked in ("auto", "direct") and payload <= inline_bytes(ranks)
+    header = replace(case, collective="allgather", shard_bytes=HEADER_BYTES + (payload if small else 0), half=False)
+    agreed, moved = forecast(header, Choice("direct", None, 1)), None if small else forecast(case, choice)
+    if agreed is None or (moved is None and not small):
+        return None
+    return agreed.seconds + (moved.seconds if moved else 0.0)
+
+
 def _choices(case: Case) -> list[Choice]:
     ranks, found = case.topology.ranks, []
     for name in (name for name in _ORDER if name in case.algorithms):
@@ -103,8 +119,8 @@ def _choices(case: Case) -> list[Choice]:
     return found
 
 
-def _predicted(case: Case, choice: Choice) -> Prediction | None:
-    """None for what cannot be planned here, or would take too long to look at."""
+def forecast(case: Case, choice: Choice) -> Prediction | None:
+    """What the model says of one choice; None for what cannot be planned here, or would take too long to look at."""
     if choice.algorithm == NATIVE and not _large(case):
         return predict_native(case.topology, case.collective, case.shard_bytes, costs=case.costs)
     phases = ("reduce_scatter", "allgather") if case.collective == "allreduce" else (case.collective,)
