@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tasp_coll.agreement import HEADER_BYTES, inline_bytes
+from tasp_coll.decomposition import decompose
 from tasp_coll.errors import CollectiveError
 from tasp_coll.hierarchical import slices_for
 from tasp_coll.schedule import ALGORITHMS, Schedule, plan
@@ -67,6 +68,13 @@ def choice_of(algorithm: str, collective: str, ranks: int, shard_bytes: int, rin
     return Choice(algorithm, rings)
 
 
+def ring_count(topology: Topology, choice: Choice) -> int | None:
+    """On how many rings a choice runs; None if it has none."""
+    if choice.algorithm == "rings":
+        return len(decompose(topology, choice.rings))
+    return 1 if choice.algorithm == "ring" else None
+
+
 def forecasts(case: Case) -> tuple[Forecast, ...]:
     """All that can be planned, from simple to complicated."""
     found = ((choice, forecast(case, choice)) for choice in _choices(case))
@@ -109,13 +117,15 @@ def call_seconds(case: Case, choice: Choice, asked: str) -> float | None:
 
 
 def _choices(case: Case) -> list[Choice]:
+    """Where messages cost something, with fewer rings or slices too: that pays where links are not all there is."""
     ranks, found = case.topology.ranks, []
     for name in (name for name in _ORDER if name in case.algorithms):
-        found.append(choice_of(name, case.collective, ranks, case.shard_bytes))
+        usual = choice_of(name, case.collective, ranks, case.shard_bytes)
+        found.append(usual)
         if name == "rings" and case.topology.is_full_mesh and case.costs.message_s:
-            # Fewer rings have fewer messages, which pays where the links are not all there is.
-            counts = {2, (ranks - 1) // 2}
-            found += [Choice(name, count) for count in sorted(counts) if 2 <= count < ranks - 1]
+            found += [Choice(name, count) for count in sorted({2, (ranks - 1) // 2}) if 2 <= count < ranks - 1]
+        if name == "hierarchical" and case.costs.message_s:
+            found += [Choice(name, None, slices) for slices in (4, 1) if slices < (usual.slices or 1)]
     return found
 
 
