@@ -34,11 +34,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "arrays": ("frameworks", "arrays", "reduction"),
     "transport": ("transport", "transport.loopback", "transport.mpi"),
     "executor": ("executor", "programs", "reduce_programs"),
-    "agreement": ("agreement", "engine"),
+    "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "core"),
     "bootstrap": ("bootstrap",),
-    "collectives": ("operations", "collectives", "streams"),
+    "collectives": ("options", "operations", "collectives", "streams"),
     "communicator": ("communicator", "functions", "probe"),
 }
 ORDER = [module for room in ROOMS.values() for module in room]
@@ -64,7 +64,8 @@ ONLY: dict[str, set[str]] = {
     "transport.loopback": {"errors", "transport"},
     "transport.mpi": {"errors", "transport"},
     "executor": {"transport"},
-    "engine": {"errors", "transport"},
+    "work": {"errors", "transport"},
+    "engine": {"errors", "transport", "work"},
     "agreement": {"errors", "transport"},
     "memos": set(),
     "functions": {"communicator", "streams"},
