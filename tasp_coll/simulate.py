@@ -4,8 +4,9 @@ Execution is not lock-step: a chunk is sent on as soon as it has arrived, messag
 after another, and all transfers under way share links and switch ports fairly. Three ways lead to the time, with the
 same physics:
 
-- *steady*: all messages of a step arrive at the same moment and every step is as the first one, so the time is that
-  of one step times their number, which is what the events would come to;
+- *steady*: every step is as the first one, and either all messages of a step arrive at the same moment, or the step
+  lasts for as long as its busiest link is busy; the time is that of one step times their number, which is what the
+  events would come to;
 - *events*: a fluid simulation from one arrival to the next (`simulate_events`);
 - *steps*: where that would be too many messages, the steps one after another, each as long as its last message.
 
@@ -32,9 +33,10 @@ from tasp_coll.simulate_messages import Messages, in_one, messages_of, step_by_s
 from tasp_coll.simulate_native import native_steps
 from tasp_coll.topology import Node, Topology
 
-MESSAGES = 40_000  # above it steps are taken one after another
-MOMENTS = 3_000  # likewise, of the events of all messages; some tenths of a second
+MESSAGES = 10_000  # above it steps are taken one after another
+MOMENTS = 2_000  # likewise, of the events of all messages
 _EQUAL = 1e-9
+_NEARLY = 5e-3  # what latencies may add to the time of a link that is always busy
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,10 @@ def _simulated(job: _Job, nbytes: float, costs: Costs) -> _Run:
     if job.alike:
         first = job.step(0)
         arrived, events, _ = simulate(first, nbytes, delay)
-        if (arrived >= arrived.max(initial=0.0) * (1 - _EQUAL)).all():
-            return _Run("steady", [(first, job.steps)], [float(arrived.max(initial=0.0))] * job.steps, events)
+        longest = float(arrived.max(initial=0.0))
+        together = bool((arrived >= longest * (1 - _EQUAL)).all())
+        if together or _busiest([(first, 1)])[1] * nbytes >= longest * (1 - _NEARLY):
+            return _Run("steady", [(first, job.steps)], [longest] * job.steps, events)
     if job.size <= MESSAGES:
         whole = job.whole()
         arrived, events, complete = simulate(whole, nbytes, delay, MOMENTS)

@@ -49,6 +49,10 @@ KNOWN = [
     ("dgx_h100:2", "allgather", "hierarchical", {}, Fraction(14, 9), NIC),
     ("dgx_h100:4", "allgather", "hierarchical", {}, Fraction(28, 9), NIC),
     ("cluster:2x4", "allgather", "hierarchical", {}, 1 + Fraction(1, 9 * 8), NIC),  # the last slice, inside a node
+    ("cluster:2x4", "allgather", "rings", {}, Fraction(7, 4), NIC),
+    ("dgx_h100:2", "allgather", "rings", {}, Fraction(15, 8), NIC),
+    ("dgx_h100:4", "allgather", "rings", {}, Fraction(31, 8), NIC),
+    ("cluster:2x3", "allgather", "rings", {}, Fraction(5, 3), NIC),
 ]
 
 
@@ -312,6 +316,30 @@ def test_formulas_come_to_what_is_simulated(spec: str, algorithm: str, rings: in
         assert closed.utilisation == pytest.approx(found.utilisation)
 
 
+@pytest.mark.parametrize("spec", ["cluster:2x4", "cluster:3x3", "dgx_h100:2", "dgx_h100:4", "dgx_h100:8"])
+@pytest.mark.parametrize("collective", ["allgather", "reduce_scatter"])
+def test_the_formula_of_nodes_comes_close(spec: str, collective: str) -> None:
+    topology, costs = Topology.preset(spec), Costs(message_us=3)
+    for size in (0, 10**4, 10**6, 10**8):
+        found = predict(plan(topology, collective, "hierarchical", slices=8), size, costs=costs)
+        closed = formula(topology, "hierarchical", size, slices=8, costs=costs)
+        assert closed is not None
+        assert closed.seconds == pytest.approx(found.seconds, rel=0.08)
+        assert closed.software_s == pytest.approx(found.software_s)
+        assert closed.utilisation == pytest.approx(found.utilisation, rel=0.08)
+        assert closed.seconds >= topology.allgather_bound(size)
+
+
+@pytest.mark.parametrize("spec", ["cluster:2x4", "cluster:2x3", "dgx_h100:2", "cluster:3x3"])
+def test_a_link_that_is_always_busy_is_the_events_time(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = plan(spec)
+    short = predict(schedule, 10**8)
+    monkeypatch.setattr(tasp_coll.simulate, "_alike", lambda schedule: False)
+    long = predict(schedule, 10**8)
+    assert (short.method, long.method) == ("steady", "events")
+    assert short.seconds == pytest.approx(long.seconds, rel=1e-3)
+
+
 def test_formulas_know_latencies_and_their_limits() -> None:
     ports = star(5, latency_us=3)
     closed = formula(ports, "ring", 1000)
@@ -347,6 +375,7 @@ def test_steps_one_after_another_are_an_upper_estimate(
         ("nvswitch:64", "ring", 1),
         ("torus:8x8", "direct", 1),
         ("dgx_h100:8", "direct", 2),
+        ("dgx_h100:8", "rings", 2),
         ("cluster:2x4", "hierarchical", 40),
         ("dgx_h100:4", "hierarchical", 80),
     ],

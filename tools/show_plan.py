@@ -15,7 +15,7 @@ from perf_options import size
 from plan_text import text_of
 from plan_view import View, json_of, view_of
 from tasp_coll import ArgumentError, ScheduleError, TopologyError, plan
-from tasp_coll.forecast import TIE
+from tasp_coll.forecast import BURST, TIE
 from tasp_coll.presets import KNOWN_SPECS
 from tasp_coll.schedule import ALGORITHMS, COLLECTIVES
 from tasp_coll.simulate import MESSAGE_US, Costs
@@ -41,9 +41,10 @@ the link carries in any one step, "in all" the sum over the steps.
 Times are those of the cost model: a chunk is sent on when it has arrived, what is under way at the same time shares a
 link fairly, and a link has a rate and a latency (presets have none). Software is left out unless --message-us says what
 a rank spends on every message that it sends or receives. On MPI, `auto` reckons with {MESSAGE_US:g}, and more where
-ranks share a core. It takes the first algorithm of the table that is within {100 * TIE:g} percent of the fastest. The
-cut bound is the least time that any schedule needs; of an allreduce it is that of a reduce_scatter, then an allgather.
-Of an all_to_all the shard is the n blocks that a rank sends.
+ranks share a core. It takes the first algorithm of the table that is within {100 * TIE:g} percent of the fastest, but
+direct must be {100 * (BURST - 1):.0f} percent faster than others. The cut bound is the least time that any schedule
+needs; of an allreduce it is that of a reduce_scatter, then an allgather. Of an all_to_all the shard is the n blocks that a
+rank sends.
 
 --json writes {{"tool", "version", "world_size", "transport": null, "topology", "results": [{{...}}]}}; the result has
   collective, algorithm, steps, chunks, counts (null: equal)
