@@ -43,8 +43,8 @@ link fairly, and a link has a rate and a latency (presets have none). Software i
 a rank spends on every message that it sends or receives. On MPI, `auto` reckons with {MESSAGE_US:g}, and more where
 ranks share a core. It takes the first algorithm of the table that is within {100 * TIE:g} percent of the fastest, but
 direct must be {100 * (BURST - 1):.0f} percent faster than others. The cut bound is the least time that any schedule
-needs; of an allreduce it is that of a reduce_scatter, then an allgather. Of an all_to_all the shard is the n blocks that a
-rank sends.
+needs; of an allreduce it is that of a reduce_scatter, then an allgather. Of an all_to_all the shard is the n blocks
+that a rank sends.
 
 --json writes {{"tool", "version", "world_size", "transport": null, "topology", "results": [{{...}}]}}; the result has
   collective, algorithm, steps, chunks, counts (null: equal)
