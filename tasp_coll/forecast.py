@@ -20,8 +20,8 @@ TIE = 0.02  # of two that are so close the simpler one is taken: the model knows
 BURST = 1.15
 """In a direct exchange all messages are under way at once: over TCP it took 6 to 25% longer than rings where the model
 sees no difference (measured on tools/virtual_cluster.py, full_mesh:8 and nvswitch:8). It must be that much better."""
-SIMULATED = 32  # ranks up to which anything is simulated
-PAIRS = 1 << 14  # pairs of ranks whose routes are looked for
+SIMULATED = 16  # ranks above which formulas do, where there are any
+ROUTED = 128  # ranks above which the routes of all pairs are too many
 # From simple to complicated.
 _ORDER = ("ring", "rings", "direct", *(name for name in ALGORITHMS if name not in ("ring", "rings", "direct")), NATIVE)
 
@@ -137,26 +137,26 @@ def _choices(case: Case) -> list[Choice]:
 
 def forecast(case: Case, choice: Choice) -> Prediction | None:
     """What the model says of one choice; None for what cannot be planned here, or would take too long to look at."""
-    if choice.algorithm == NATIVE and not _large(case):
+    ranks, phases = case.topology.ranks, ("reduce_scatter", "allgather")
+    if choice.algorithm == NATIVE and ranks <= (SIMULATED if _regular(case.topology) else ROUTED):
         return predict_native(case.topology, case.collective, case.shard_bytes, costs=case.costs)
-    phases = ("reduce_scatter", "allgather") if case.collective == "allreduce" else (case.collective,)
     found = []
-    for phase in phases:
+    for phase in phases if case.collective == "allreduce" else (case.collective,):
         wide = 2 if case.half and phase == "reduce_scatter" and choice.algorithm != "direct" else 1
         found.append(_phase(case, choice, phase, wide * case.shard_bytes))
     whole = [prediction for prediction in found if prediction is not None]
-    return one_after_another(whole) if len(whole) == len(phases) else None
+    return one_after_another(whole) if len(whole) == len(found) else None
 
 
-def _large(case: Case) -> bool:
-    return case.topology.ranks > SIMULATED
+def _regular(topology: Topology) -> bool:
+    return topology.is_full_mesh or topology.is_single_switch
 
 
 def _phase(case: Case, choice: Choice, phase: str, nbytes: int) -> Prediction | None:
     topology, (algorithm, rings, slices) = case.topology, choice
-    if _large(case):
+    if topology.ranks > SIMULATED:
         known = formula(topology, algorithm, nbytes, rings=rings, slices=slices or 1, costs=case.costs)
-        if known is not None or algorithm == NATIVE or (algorithm == "direct" and topology.ranks**2 > PAIRS):
+        if known is not None or algorithm == NATIVE or (algorithm == "direct" and topology.ranks > ROUTED):
             return known
     schedule = _planned(topology, phase, choice)
     return None if schedule is None else predict(schedule, nbytes, costs=case.costs)

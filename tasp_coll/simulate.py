@@ -33,10 +33,10 @@ from tasp_coll.simulate_messages import Messages, in_one, messages_of, step_by_s
 from tasp_coll.simulate_native import native_steps
 from tasp_coll.topology import Node, Topology
 
-MESSAGES = 10_000  # above it steps are taken one after another
+MESSAGES = 4_000  # above it steps are taken one after another
 MOMENTS = 2_000  # likewise, of the events of all messages
 _EQUAL = 1e-9
-_NEARLY = 5e-3  # what latencies may add to the time of a link that is always busy
+_NEARLY = 0.03  # what latencies may add to the time of a link that is always busy
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def software_costs(ranks_on_host: int) -> Costs:
 class Prediction:
     """The time of a schedule, and what explains it.
 
-    method: how it was found, "steady", "events" or "steps". link: the busiest one, None if nothing moves;
-    utilisation: the part of the time for which its bytes keep it busy (both of an allreduce's longer phase). steps:
+    method: how it was found, "steady", "events", "steps" or, elsewhere, "formula". link: the busiest one, None if
+    nothing moves; utilisation: the part of the time for which its bytes keep it busy (both of an allreduce's longer phase). steps:
     when the last message of each step has arrived, seconds. software_s: what the busiest rank's software takes;
     `seconds` is at least that. events: how many moments were simulated.
     """

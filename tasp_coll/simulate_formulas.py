@@ -39,7 +39,7 @@ def formula(
     link = (0, 1 if mesh else topology.switches[0])
     used = steps * crossing * shard_bytes / rate / seconds if seconds else 0.0
     ends = tuple(span * (step + 1) for step in range(steps))
-    return Prediction(seconds, "steady", link, used, ends, software)
+    return Prediction(seconds, "formula", link, used, ends, software)
 
 
 def _hierarchical(topology: Topology, shard_bytes: float, slices: int, costs: Costs) -> Prediction | None:
@@ -59,7 +59,7 @@ def _hierarchical(topology: Topology, shard_bytes: float, slices: int, costs: Co
     link = topology.path(rank, nodes.groups[1][0] if rail > u * inside else nodes.groups[0][1])[0]
     steps = (u - 1) * slices + 1
     ends = tuple(seconds * (step + 1) / steps for step in range(steps))
-    return Prediction(seconds, "steady", link, max(rail, u * inside) / seconds if seconds else 0.0, ends, software)
+    return Prediction(seconds, "formula", link, max(rail, u * inside) / seconds if seconds else 0.0, ends, software)
 
 
 def _latency(topology: Topology) -> float:
