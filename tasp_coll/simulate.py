@@ -84,9 +84,9 @@ class Prediction:
     """The time of a schedule, and what explains it.
 
     method: how it was found, "steady", "events", "steps" or, elsewhere, "formula". link: the busiest one, None if
-    nothing moves; utilisation: the part of the time for which its bytes keep it busy (both of an allreduce's longer phase). steps:
-    when the last message of each step has arrived, seconds. software_s: what the busiest rank's software takes;
-    `seconds` is at least that. events: how many moments were simulated.
+    nothing moves; utilisation: the part of the time for which its bytes keep it busy (both of an allreduce's longer
+    phase). steps: when the last message of each step has arrived, seconds. software_s: what the busiest rank's
+    software takes; `seconds` is at least that. events: how many moments were simulated.
     """
 
     seconds: float
