@@ -17,9 +17,6 @@ from tasp_coll.topology import Topology
 
 NATIVE = "native"
 TIE = 0.02  # of two that are so close the simpler one is taken: the model knows no better
-BURST = 1.15
-"""In a direct exchange all messages are under way at once: over TCP it took 6 to 25% longer than rings where the model
-sees no difference (measured on tools/virtual_cluster.py, full_mesh:8 and nvswitch:8). It must be that much better."""
 SIMULATED = 16  # ranks above which formulas do, where there are any
 ROUTED = 128  # ranks above which the routes of all pairs are too many
 # From simple to complicated.
@@ -85,12 +82,8 @@ def forecasts(case: Case) -> tuple[Forecast, ...]:
 
 def fastest(found: tuple[Forecast, ...]) -> Forecast:
     """The first that is as fast as any, but for a tie."""
-
-    def handicapped(forecast: Forecast) -> float:
-        return forecast.prediction.seconds * (BURST if forecast.choice.algorithm == "direct" else 1.0)
-
-    least = min(map(handicapped, found))
-    return next(forecast for forecast in found if handicapped(forecast) <= least * (1 + TIE))
+    least = min(forecast.prediction.seconds for forecast in found)
+    return next(forecast for forecast in found if forecast.prediction.seconds <= least * (1 + TIE))
 
 
 def choose(case: Case) -> Choice:
