@@ -26,12 +26,13 @@ from typing import NamedTuple
 import numpy as np
 
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
+from tasp_coll.links import Node
 from tasp_coll.patterns import ReversedPattern, RingPattern
 from tasp_coll.schedule import Schedule
 from tasp_coll.simulate_events import simulate
 from tasp_coll.simulate_messages import Messages, in_one, messages_of, step_by_step
 from tasp_coll.simulate_native import native_steps
-from tasp_coll.topology import Node, Topology
+from tasp_coll.topology import Topology
 
 MESSAGES = 4_000  # above it steps are taken one after another
 MOMENTS = 2_000  # likewise, of the events of all messages

@@ -19,7 +19,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 # to right, and from rooms above. A new module needs a place here.
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
-    "topology": ("cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
+    "topology": ("links", "cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
     "decomposition": ("rings", "hamilton", "two_level", "decomposition"),
     "schedule": ("patterns", "hierarchical", "schedule"),
     "verify": ("loads", "verify"),

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from plan_view import Move, View
 from tasp_coll import Topology
-from tasp_coll.topology import Node
+from tasp_coll.links import Node
 
 MANY_RANKS = 32  # above it rings are elided
 FEW_RINGS = 4  # of those that are then shown

@@ -11,10 +11,10 @@ import numpy as np
 
 from tasp_coll import ArgumentError, Link, Schedule, Topology, __version__
 from tasp_coll.forecast import Case, Choice, fastest, forecasts, ring_count
+from tasp_coll.links import Node, order
 from tasp_coll.loads import chunk_units, step_load
 from tasp_coll.patterns import Rows
 from tasp_coll.simulate import LINKS_ALONE, Costs, Prediction, predict
-from tasp_coll.topology import Node, order
 
 
 class Move(NamedTuple):
