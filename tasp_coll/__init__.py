@@ -19,7 +19,7 @@ _HOME = {
     "ArgumentTypeError": "errors",
     "CollectiveError": "errors",
     "Communicator": "communicator",
-    "Link": "topology",
+    "Link": "links",
     "MismatchError": "errors",
     "PeerTimeoutError": "errors",
     "Ring": "rings",
@@ -86,9 +86,10 @@ if TYPE_CHECKING:
         decomposed_reduce_scatter,
         reduce_scatter_steps,
     )
+    from tasp_coll.links import Link
     from tasp_coll.rings import Ring
     from tasp_coll.schedule import Schedule, Transfer, plan
-    from tasp_coll.topology import Link, Topology
+    from tasp_coll.topology import Topology
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,8 @@ from tasp_coll.core import Shape
 from tasp_coll.errors import ArgumentError, MismatchError
 from tasp_coll.executor import Program
 from tasp_coll.forecast import Choice
-from tasp_coll.operations import Call, Collective, Steps
+from tasp_coll.operations import Collective, Steps
+from tasp_coll.options import Call
 from tasp_coll.programs import ALIGN, all_to_all_program, gather_program
 from tasp_coll.reduce_programs import reduce_program
 from tasp_coll.reduction import Reduction, reduction

@@ -27,7 +27,8 @@ from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, Re
 from tasp_coll.core import Core
 from tasp_coll.engine import Engine
 from tasp_coll.errors import ArgumentError, CollectiveError
-from tasp_coll.operations import Collective, Options
+from tasp_coll.operations import Collective
+from tasp_coll.options import Options
 from tasp_coll.schedule import Schedule
 from tasp_coll.simulate import software_costs
 from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce

@@ -20,9 +20,10 @@ import numpy as np
 
 from tasp_coll import hamilton, packing, two_level
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError
+from tasp_coll.links import Node
 from tasp_coll.nodes import Nodes, nodes_of
 from tasp_coll.rings import Decomposition, Ring, equal_rings
-from tasp_coll.topology import Node, Topology
+from tasp_coll.topology import Topology
 
 
 def decompose(topology: Topology, rings: int | None = None) -> tuple[Ring, ...]:

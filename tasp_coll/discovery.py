@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasp_coll.errors import TopologyError
-from tasp_coll.topology import Link, MeshLinks, Topology
+from tasp_coll.links import Link, MeshLinks
+from tasp_coll.topology import Topology
 
 _OWN = 0.7  # of its rate alone: a link that keeps as much while all others are busy is not shared
 _NEARLY_ALL = 0.95  # of the pairs: a rank that was not running for a moment spoils a figure

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tasp_coll.agreement import HEADER_BYTES, inline_bytes
+from tasp_coll.decomposition import decompose
 from tasp_coll.errors import CollectiveError
 from tasp_coll.hierarchical import slices_for
 from tasp_coll.schedule import ALGORITHMS, Schedule, plan
@@ -16,10 +17,9 @@ from tasp_coll.topology import Topology
 
 NATIVE = "native"
 TIE = 0.02  # of two that are so close the simpler one is taken: the model knows no better
-SIMULATED = 64  # ranks up to which anything is simulated
-PAIRS = 1 << 14  # pairs of ranks whose routes are looked for
-# From simple to complicated. A ring has the fewest messages under way. Rings take from each peer a little at a time,
-# where in a direct exchange all send to one at once, which real switches and sockets like less than the model does.
+SIMULATED = 16  # ranks above which formulas do, where there are any
+ROUTED = 128  # ranks above which the routes of all pairs are too many
+# From simple to complicated.
 _ORDER = ("ring", "rings", "direct", *(name for name in ALGORITHMS if name not in ("ring", "rings", "direct")), NATIVE)
 
 
@@ -67,6 +67,13 @@ def choice_of(algorithm: str, collective: str, ranks: int, shard_bytes: int, rin
     return Choice(algorithm, rings)
 
 
+def ring_count(topology: Topology, choice: Choice) -> int | None:
+    """On how many rings a choice runs; None if it has none."""
+    if choice.algorithm == "rings":
+        return len(decompose(topology, choice.rings))
+    return 1 if choice.algorithm == "ring" else None
+
+
 def forecasts(case: Case) -> tuple[Forecast, ...]:
     """All that can be planned, from simple to complicated."""
     found = ((choice, forecast(case, choice)) for choice in _choices(case))
@@ -109,38 +116,40 @@ def call_seconds(case: Case, choice: Choice, asked: str) -> float | None:
 
 
 def _choices(case: Case) -> list[Choice]:
+    """Where messages cost something, with fewer rings or slices too: that pays where links are not all there is."""
     ranks, found = case.topology.ranks, []
     for name in (name for name in _ORDER if name in case.algorithms):
-        found.append(choice_of(name, case.collective, ranks, case.shard_bytes))
+        usual = choice_of(name, case.collective, ranks, case.shard_bytes)
+        found.append(usual)
         if name == "rings" and case.topology.is_full_mesh and case.costs.message_s:
-            # Fewer rings have fewer messages, which pays where the links are not all there is.
-            counts = {2, (ranks - 1) // 2}
-            found += [Choice(name, count) for count in sorted(counts) if 2 <= count < ranks - 1]
+            found += [Choice(name, count) for count in sorted({2, (ranks - 1) // 2}) if 2 <= count < ranks - 1]
+        if name == "hierarchical" and case.costs.message_s:
+            found += [Choice(name, None, slices) for slices in (4, 1) if slices < (usual.slices or 1)]
     return found
 
 
 def forecast(case: Case, choice: Choice) -> Prediction | None:
     """What the model says of one choice; None for what cannot be planned here, or would take too long to look at."""
-    if choice.algorithm == NATIVE and not _large(case):
+    ranks, phases = case.topology.ranks, ("reduce_scatter", "allgather")
+    if choice.algorithm == NATIVE and ranks <= (SIMULATED if _regular(case.topology) else ROUTED):
         return predict_native(case.topology, case.collective, case.shard_bytes, costs=case.costs)
-    phases = ("reduce_scatter", "allgather") if case.collective == "allreduce" else (case.collective,)
     found = []
-    for phase in phases:
+    for phase in phases if case.collective == "allreduce" else (case.collective,):
         wide = 2 if case.half and phase == "reduce_scatter" and choice.algorithm != "direct" else 1
         found.append(_phase(case, choice, phase, wide * case.shard_bytes))
     whole = [prediction for prediction in found if prediction is not None]
-    return one_after_another(whole) if len(whole) == len(phases) else None
+    return one_after_another(whole) if len(whole) == len(found) else None
 
 
-def _large(case: Case) -> bool:
-    return case.topology.ranks > SIMULATED
+def _regular(topology: Topology) -> bool:
+    return topology.is_full_mesh or topology.is_single_switch
 
 
 def _phase(case: Case, choice: Choice, phase: str, nbytes: int) -> Prediction | None:
     topology, (algorithm, rings, slices) = case.topology, choice
-    if _large(case):
+    if topology.ranks > SIMULATED:
         known = formula(topology, algorithm, nbytes, rings=rings, slices=slices or 1, costs=case.costs)
-        if known is not None or algorithm == NATIVE or (algorithm == "direct" and topology.ranks**2 > PAIRS):
+        if known is not None or algorithm == NATIVE or (algorithm == "direct" and topology.ranks > ROUTED):
             return known
     schedule = _planned(topology, phase, choice)
     return None if schedule is None else predict(schedule, nbytes, costs=case.costs)

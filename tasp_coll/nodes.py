@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tasp_coll.topology import Link, Node, Topology
+from tasp_coll.links import Link, Node
+from tasp_coll.topology import Topology
 
 
 @dataclass(frozen=True)

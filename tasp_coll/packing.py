@@ -27,11 +27,12 @@ from tasp_coll import hamilton, two_level
 from tasp_coll.errors import ArgumentError
 from tasp_coll.hamilton import Cycle
 from tasp_coll.hops import Hops, hops_of
+from tasp_coll.links import Link
 from tasp_coll.nodes import connected_parts, nodes_of
 from tasp_coll.ring_solver import RingSolver
 from tasp_coll.rings import Decomposition, Ring
 from tasp_coll.single_ring import single_ring
-from tasp_coll.topology import Link, Topology
+from tasp_coll.topology import Topology
 from tasp_coll.widths import Widths, best_widths
 
 ENOUGH = Fraction(98, 100)  # of the bound: then the search is over

@@ -21,7 +21,7 @@ from tasp_coll.core import SLOTS, Core
 from tasp_coll.discovery import Measured, Rates, infer
 from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.executor import Builder, Exchange, Flow, Node, Place, Program
-from tasp_coll.operations import Options
+from tasp_coll.options import Options
 from tasp_coll.topology import Topology
 
 _TRAIN = 16  # messages

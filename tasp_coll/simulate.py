@@ -4,8 +4,9 @@ Execution is not lock-step: a chunk is sent on as soon as it has arrived, messag
 after another, and all transfers under way share links and switch ports fairly. Three ways lead to the time, with the
 same physics:
 
-- *steady*: all messages of a step arrive at the same moment and every step is as the first one, so the time is that
-  of one step times their number, which is what the events would come to;
+- *steady*: every step is as the first one, and either all messages of a step arrive at the same moment, or the step
+  lasts for as long as its busiest link is busy; the time is that of one step times their number, which is what the
+  events would come to;
 - *events*: a fluid simulation from one arrival to the next (`simulate_events`);
 - *steps*: where that would be too many messages, the steps one after another, each as long as its last message.
 
@@ -25,16 +26,18 @@ from typing import NamedTuple
 import numpy as np
 
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
+from tasp_coll.links import Node
 from tasp_coll.patterns import ReversedPattern, RingPattern
 from tasp_coll.schedule import Schedule
 from tasp_coll.simulate_events import simulate
 from tasp_coll.simulate_messages import Messages, in_one, messages_of, step_by_step
 from tasp_coll.simulate_native import native_steps
-from tasp_coll.topology import Node, Topology
+from tasp_coll.topology import Topology
 
-MESSAGES = 40_000  # above it steps are taken one after another
-MOMENTS = 3_000  # likewise, of the events of all messages; some tenths of a second
+MESSAGES = 4_000  # above it steps are taken one after another
+MOMENTS = 2_000  # likewise, of the events of all messages
 _EQUAL = 1e-9
+_NEARLY = 0.03  # what latencies may add to the time of a link that is always busy
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class Costs:
 
     message_us: what a rank spends on each message that it sends or receives. GBps: what a rank's software can move,
     sent and received together. ranks_per_core: ranks that share a core take turns, so both count that much more.
+    burst: by how much longer links take where everyone sends to everyone at once, as in a direct exchange.
     """
 
     message_us: float = 0.0
     GBps: float = math.inf
     ranks_per_core: float = 1.0
+    burst: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.message_us < math.inf:
@@ -56,6 +61,8 @@ class Costs:
             raise ArgumentError(f"GBps must be a number > 0, got {self.GBps!r}")
         if not 0 < self.ranks_per_core < math.inf:
             raise ArgumentError(f"ranks_per_core must be a finite number > 0, got {self.ranks_per_core!r}")
+        if not 1 <= self.burst < math.inf:
+            raise ArgumentError(f"burst must be a finite number >= 1, got {self.burst!r}")
 
     @property
     def message_s(self) -> float:
@@ -68,23 +75,25 @@ class Costs:
 
 
 LINKS_ALONE = Costs()
-# MPICH over TCP, ranks as hosts of tools/virtual_cluster.py on 2 cores: small shards take that per message and end.
+# Of MPICH over TCP, measured on virtual clusters (tools/virtual_cluster.py) of 4 and 8 hosts on 2 cores. What small
+# messages take at each end; and what large direct exchanges take over the links' time, 1.07 to 1.20.
 MESSAGE_US = 45.0
+BURST = 1.13
 
 
 def software_costs(ranks_on_host: int) -> Costs:
     """What this library's own software costs on a host like this one."""
-    return Costs(MESSAGE_US, ranks_per_core=ranks_on_host / (os.cpu_count() or 1))
+    return Costs(MESSAGE_US, ranks_per_core=ranks_on_host / (os.cpu_count() or 1), burst=BURST)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The time of a schedule, and what explains it.
 
-    method: how it was found, "steady", "events" or "steps". link: the busiest one, None if nothing moves;
-    utilisation: the part of the time for which its bytes keep it busy. steps: when the last message of each step has
-    arrived, seconds. software_s: what the busiest rank's software takes; `seconds` is at least that. events: how many
-    moments were simulated.
+    method: how it was found, "steady", "events", "steps" or, elsewhere, "formula". link: the busiest one, None if
+    nothing moves; utilisation: the part of the time for which its bytes keep it busy (both of an allreduce's longer
+    phase). steps: when the last message of each step has arrived, seconds. software_s: what the busiest rank's
+    software takes; `seconds` is at least that. events: how many moments were simulated.
     """
 
     seconds: float
@@ -111,7 +120,8 @@ def predict(schedule: Schedule, shard_bytes: float, *, costs: Costs = LINKS_ALON
         return Prediction(0.0)
     size = len(schedule.pattern.transfers(0)) * steps
     whole, step = partial(messages_of, schedule), lambda number: messages_of(schedule, [number])
-    run = _simulated(_Job(steps, _alike(schedule), size, whole, step), nbytes, costs)
+    spread = costs.burst if schedule.algorithm == "direct" and schedule.ranks > 2 else 1.0
+    run = _simulated(_Job(steps, _alike(schedule), size, whole, step), nbytes * spread, costs)
     found = _prediction(run, slices, nbytes, costs)
     if slices == 1:
         return found
@@ -170,8 +180,10 @@ def _simulated(job: _Job, nbytes: float, costs: Costs) -> _Run:
     if job.alike:
         first = job.step(0)
         arrived, events, _ = simulate(first, nbytes, delay)
-        if (arrived >= arrived.max(initial=0.0) * (1 - _EQUAL)).all():
-            return _Run("steady", [(first, job.steps)], [float(arrived.max(initial=0.0))] * job.steps, events)
+        longest = float(arrived.max(initial=0.0))
+        together = bool((arrived >= longest * (1 - _EQUAL)).all())
+        if together or _busiest([(first, 1)])[1] * nbytes >= longest * (1 - _NEARLY):
+            return _Run("steady", [(first, job.steps)], [longest] * job.steps, events)
     if job.size <= MESSAGES:
         whole = job.whole()
         arrived, events, complete = simulate(whole, nbytes, delay, MOMENTS)

@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tasp_coll.topology import Node, Topology
+from tasp_coll.links import Node
+from tasp_coll.topology import Topology
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

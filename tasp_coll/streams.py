@@ -16,7 +16,8 @@ from tasp_coll.core import SLOTS, Arena, Compiled, Core, Shape
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.executor import Flow, Piece, Program
 from tasp_coll.forecast import Choice, choice_of
-from tasp_coll.operations import Call, Collective, Options, Steps
+from tasp_coll.operations import Collective, Steps
+from tasp_coll.options import Call, Options
 from tasp_coll.programs import gather_steps_program
 from tasp_coll.reduce_programs import reduce_steps_program
 from tasp_coll.reduction import reduction

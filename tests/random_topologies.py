@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tasp_coll.topology import Link, Node, Topology
+from tasp_coll.links import Link, Node
+from tasp_coll.topology import Topology
 
 RATES = st.sampled_from([0.1, 0.25, 1.0, 1.5, 3.0, 7.0, 450.0])
 

@@ -15,7 +15,7 @@ from tasp_coll.simulate import LINKS_ALONE, Costs
 from tasp_coll.tuning import Chooser, Situation, rule, stepwise
 
 MIB = 1 << 20
-TCP = Costs(message_us=50)
+TCP = Costs(message_us=50, burst=1.1)
 ALL = (*ALGORITHMS, "native")
 
 
@@ -60,8 +60,7 @@ def test_software_makes_few_messages_pay() -> None:
     """On a mesh a direct exchange has the fewest, until links take so long that messages do not matter."""
     slow = Topology("slow", 8, (), tuple(Link(a, b, 0.01) for a in range(8) for b in range(8) if a != b))
     found = [choose(Case(slow, "allgather", 4**power, costs=TCP)).algorithm for power in (7, 9, 11, 13)]
-    assert found[-1] == "rings"
-    assert "rings" not in found[:2]
+    assert found == ["direct", "rings", "rings", "rings"]
 
 
 def test_small_shards_go_as_the_mpi_library_sends_them() -> None:
@@ -73,7 +72,7 @@ def test_small_shards_go_as_the_mpi_library_sends_them() -> None:
 
 def test_halves_are_sent_as_they_are_by_a_direct_exchange_only() -> None:
     for collective in ("reduce_scatter", "allreduce"):
-        assert chosen("nvswitch:8", 64 * MIB, collective, half=True).algorithm == "direct"
+        assert chosen("nvswitch:8", 64 * MIB, collective, algorithms=ALGORITHMS, half=True).algorithm == "direct"
     assert chosen("nvswitch:8", 64 * MIB, "allgather", half=True).algorithm == "ring"
 
 
@@ -87,8 +86,7 @@ def test_the_choice_is_a_forecast_and_none_is_much_faster(spec: str, size: int, 
     assert choose(case) == best.choice
     assert best.prediction.seconds <= (1 + TIE) * min(each.prediction.seconds for each in found)
     assert all(each.prediction.seconds >= case.topology.allgather_bound(size) * (1 - 1e-9) for each in found)
-    simpler = found[: found.index(best)]
-    assert all(each.prediction.seconds > (1 + TIE) * best.prediction.seconds / (1 + TIE) for each in simpler)
+    assert all(each.prediction.seconds > best.prediction.seconds for each in found[: found.index(best)])
 
 
 def test_what_cannot_be_planned_is_left_out() -> None:

@@ -19,7 +19,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 # to right, and from rooms above. A new module needs a place here.
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
-    "topology": ("cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
+    "topology": ("links", "cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
     "decomposition": (
         *("rings", "hamilton", "two_level", "hops", "widths", "single_ring", "ring_solver", "packing", "decomposition"),
     ),
@@ -36,11 +36,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "arrays": ("frameworks", "arrays", "reduction"),
     "transport": ("transport", "transport.loopback", "transport.mpi"),
     "executor": ("executor", "programs", "reduce_programs"),
-    "agreement": ("agreement", "engine"),
+    "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "core"),
     "bootstrap": ("bootstrap",),
-    "collectives": ("operations", "collectives", "streams"),
+    "collectives": ("options", "operations", "collectives", "streams"),
     "communicator": ("communicator", "functions", "probe"),
 }
 ORDER = [module for room in ROOMS.values() for module in room]
@@ -66,7 +66,8 @@ ONLY: dict[str, set[str]] = {
     "transport.loopback": {"errors", "transport"},
     "transport.mpi": {"errors", "transport"},
     "executor": {"transport"},
-    "engine": {"errors", "transport"},
+    "work": {"errors", "transport"},
+    "engine": {"errors", "transport", "work"},
     "agreement": {"errors", "transport"},
     "memos": set(),
     "functions": {"communicator", "streams"},

@@ -49,6 +49,10 @@ KNOWN = [
     ("dgx_h100:2", "allgather", "hierarchical", {}, Fraction(14, 9), NIC),
     ("dgx_h100:4", "allgather", "hierarchical", {}, Fraction(28, 9), NIC),
     ("cluster:2x4", "allgather", "hierarchical", {}, 1 + Fraction(1, 9 * 8), NIC),  # the last slice, inside a node
+    ("cluster:2x4", "allgather", "rings", {}, Fraction(7, 4), NIC),
+    ("dgx_h100:2", "allgather", "rings", {}, Fraction(15, 8), NIC),
+    ("dgx_h100:4", "allgather", "rings", {}, Fraction(31, 8), NIC),
+    ("cluster:2x3", "allgather", "rings", {}, Fraction(5, 3), NIC),
 ]
 
 
@@ -183,6 +187,9 @@ def test_software_counts_for_every_message_and_byte() -> None:
     shared = Costs(message_us=5, GBps=2, ranks_per_core=3)
     assert predict(plan(mesh, algorithm="ring"), 0, costs=shared).seconds == pytest.approx(7 * 30e-6)
     assert predict(plan(mesh, algorithm="direct"), GB, costs=shared).seconds == pytest.approx(14 * 3 / 2, rel=1e-3)
+    crowded = predict(plan(mesh, algorithm="direct"), GB, costs=Costs(burst=1.2))
+    assert (crowded.seconds, crowded.utilisation) == pytest.approx((1.2, 1 / 1.2))
+    assert predict(plan(mesh, algorithm="rings"), GB, costs=Costs(burst=1.2)).seconds == pytest.approx(1)
     assert Costs(message_us=5, ranks_per_core=0.5).message_s == pytest.approx(5e-6)  # a rank has one core at most
 
 
@@ -301,7 +308,7 @@ def test_slices_in_one_come_to_what_they_do_apart(spec: str, collective: str) ->
     [("rings", None, 1), ("rings", 1, 1), ("ring", None, 1), ("direct", None, 1), ("direct", None, 3)],
 )
 def test_formulas_come_to_what_is_simulated(spec: str, algorithm: str, rings: int | None, slices: int) -> None:
-    topology, costs = Topology.preset(spec), Costs(message_us=3, GBps=20)
+    topology, costs = Topology.preset(spec), Costs(message_us=3, GBps=20, burst=1.1)
     sliced = slices if algorithm == "direct" else None
     for size in (0, 1000, 10**8):
         found = predict(plan(topology, algorithm=algorithm, rings=rings, slices=sliced), size, costs=costs)
@@ -310,6 +317,30 @@ def test_formulas_come_to_what_is_simulated(spec: str, algorithm: str, rings: in
         assert closed.seconds == pytest.approx(found.seconds)
         assert closed.software_s == pytest.approx(found.software_s)
         assert closed.utilisation == pytest.approx(found.utilisation)
+
+
+@pytest.mark.parametrize("spec", ["cluster:2x4", "cluster:3x3", "dgx_h100:2", "dgx_h100:4", "dgx_h100:8"])
+@pytest.mark.parametrize("collective", ["allgather", "reduce_scatter"])
+def test_the_formula_of_nodes_comes_close(spec: str, collective: str) -> None:
+    topology, costs = Topology.preset(spec), Costs(message_us=3)
+    for size in (0, 10**4, 10**6, 10**8):
+        found = predict(plan(topology, collective, "hierarchical", slices=8), size, costs=costs)
+        closed = formula(topology, "hierarchical", size, slices=8, costs=costs)
+        assert closed is not None
+        assert closed.seconds == pytest.approx(found.seconds, rel=0.08)
+        assert closed.software_s == pytest.approx(found.software_s)
+        assert closed.utilisation == pytest.approx(found.utilisation, rel=0.08)
+        assert closed.seconds >= topology.allgather_bound(size)
+
+
+@pytest.mark.parametrize("spec", ["cluster:2x4", "cluster:2x3", "dgx_h100:2", "cluster:3x3"])
+def test_a_link_that_is_always_busy_is_the_events_time(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = plan(spec)
+    short = predict(schedule, 10**8)
+    monkeypatch.setattr(tasp_coll.simulate, "_alike", lambda schedule: False)
+    long = predict(schedule, 10**8)
+    assert (short.method, long.method) == ("steady", "events")
+    assert short.seconds == pytest.approx(long.seconds, rel=1e-3)
 
 
 def test_formulas_know_latencies_and_their_limits() -> None:
@@ -347,6 +378,7 @@ def test_steps_one_after_another_are_an_upper_estimate(
         ("nvswitch:64", "ring", 1),
         ("torus:8x8", "direct", 1),
         ("dgx_h100:8", "direct", 2),
+        ("dgx_h100:8", "rings", 2),
         ("cluster:2x4", "hierarchical", 40),
         ("dgx_h100:4", "hierarchical", 80),
     ],
@@ -377,6 +409,7 @@ def test_bytes_must_be_a_number(size: object) -> None:
         ("message_us", -1),
         ("message_us", float("inf")),
         ("GBps", 0),
+        ("burst", 0.9),
         ("ranks_per_core", 0),
         ("ranks_per_core", float("nan")),
     ],

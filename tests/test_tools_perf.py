@@ -339,6 +339,12 @@ def test_without_a_check_nothing_is_said_of_wrong_elements(mpirun: MpiRun, tmp_p
     assert [record["wrong"] for record in json.loads(path.read_text())["results"]] == [None]
 
 
+def test_what_is_done_in_place_can_be_left_out(mpirun: MpiRun, tmp_path: Path) -> None:
+    flags = ["-b", "1K", "-e", "1K", "--algo", "ring,direct", "--out-of-place"]
+    found, _ = measured(mpirun, 2, AllGather(), flags, tmp_path / "found.json")
+    assert [record["in_place"] for record in found["results"]] == [None, None]
+
+
 def script_with(directory: Path, call: str) -> Path:
     """all_gather_perf with another `mpi4py`, which is the line `call`."""
     path = directory / "odd_perf.py"

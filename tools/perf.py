@@ -81,7 +81,8 @@ def _run(collective: Collective, world: MPI.Intracomm, options: Options) -> int:
     report.begin(notes)
     results: list[Result] = []
     for number, extent in enumerate(bench.extents):
-        out, within = (bench.measure(number, in_place, algorithms) for in_place in (False, True))
+        out = bench.measure(number, False, algorithms)
+        within = bench.measure(number, True, algorithms) if options.in_place else {}
         fresh = _results(bench, extent, algorithms, out, within, report)
         report.rows(fresh)
         results += fresh

@@ -13,7 +13,7 @@ import tasp_coll
 from perf_collective import Collective, Place, Unsupported
 from perf_options import Options
 from tasp_coll.bootstrap import timeout_seconds
-from tasp_coll.forecast import NATIVE, Case, Choice, call_seconds, forecast
+from tasp_coll.forecast import NATIVE, Case, Choice, call_seconds, forecast, ring_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -63,9 +63,7 @@ class Ours(Algorithm):
     def ran(self) -> Ran:
         choice = self._comm.last_choice
         assert choice is not None  # it is for a schedule of the user's own only
-        if choice.algorithm == "rings":
-            return Ran("rings", len(tasp_coll.decompose(self._comm.topology, choice.rings)), choice)
-        return Ran(choice.algorithm, 1 if choice.algorithm == "ring" else None, choice)
+        return Ran(choice.algorithm, ring_count(self._comm.topology, choice), choice)
 
     def predicted(self, case: Case, ran: Ran) -> float | None:
         return None if ran.choice is None else call_seconds(case, ran.choice, self.name)

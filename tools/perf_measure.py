@@ -49,8 +49,8 @@ class Bench:
         self._recv = np.zeros(max(extent.received for extent in self.extents), self.dtype.bits)
 
     def rounds(self) -> int:
-        """How often `progress` will be called if all sizes are measured in place too."""
-        return 2 * len(self.extents) * (self.options.warmup + self.options.iters)
+        """How often `progress` will be called, at most."""
+        return (1 + self.options.in_place) * len(self.extents) * (self.options.warmup + self.options.iters)
 
     def place(self, extent: Extent, in_place: bool) -> Place:
         """Memory for one size."""

@@ -35,6 +35,7 @@ class Options:
     dtype: str
     aggregate: int
     blocking: bool
+    in_place: bool
     statistics: bool
     json: Path | None
     plot: Path | None
@@ -80,6 +81,7 @@ def parse(tool: str, about: str | None, argv: Sequence[str] | None, *, quiet: bo
         dtype=given.datatype,
         aggregate=given.agg_iters,
         blocking=bool(given.blocking),
+        in_place=not given.out_of_place,
         statistics=given.statistics,
         json=given.json,
         plot=given.plot,
@@ -160,6 +162,9 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
         choices=(0, 1),
         default=0,
         help="of the calls of -m: 0 starts all, then waits (default); 1 waits for each. With -m 1 they are the same",
+    )
+    group.add_argument(
+        "--out-of-place", action="store_true", help="leave out the calls in place: half the time, on slow links"
     )
     group.add_argument(
         "-c", "--check", type=int, choices=(0, 1), default=1, help="check every element of a result (default 1)"
