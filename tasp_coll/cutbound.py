@@ -1,4 +1,4 @@
-"""The cut bound: no all-gather of a topology finishes sooner.
+"""The cut bound, which no all-gather of a topology beats, and the width that no rings exceed.
 
 For a set S of nodes that does not hold every rank, the shards of the ranks in S must leave S through its
 outgoing links, so T* = max over S of |S & ranks| / outcapacity(S). Zhao et al., "ForestColl"
@@ -8,6 +8,7 @@ Dinkelbach's steps ("On nonlinear fractional programming", 1967) find it in exac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from math import lcm
 from typing import TYPE_CHECKING
@@ -29,11 +30,30 @@ def allgather_bound_shares(topology: Topology) -> Fraction:
         return 1 / _exact(topology.links[0].GBps)
     if topology.is_single_switch:
         return (n - 1) / _exact(topology.links[0].GBps)
+    unit, arcs = whole_rates(topology)
+    return unit / _broadcast_rate(n, n + len(topology.switches), arcs)
+
+
+def ring_width_bound(ranks: int, nodes: int, arcs: Mapping[tuple[int, int], int]) -> int:
+    """The most that the widths of rings over the ranks can add up to, in the unit of the capacities.
+
+    Each ring leaves every set that holds some ranks and not all, so they fit through the narrowest such cut: the least
+    maximum flow between two ranks. Nodes are numbered, ranks first.
+    """
+    width = sum(arcs.values())
+    for forward in (True, False):
+        network = _Network(nodes, {arc if forward else arc[::-1]: rate for arc, rate in arcs.items()}, ranks)
+        for rank in range(1, ranks):
+            width = network.flow(0, rank, width)
+    return width
+
+
+def whole_rates(topology: Topology) -> tuple[int, dict[tuple[int, int], int]]:
+    """Rates as whole numbers, in 1/unit GB/s, by the numbers of the nodes: ranks, then switches as they are listed."""
     rates = {(link.source, link.target): _exact(link.GBps) for link in topology.links}
     unit = lcm(*(rate.denominator for rate in rates.values()))
-    number: dict[Node, int] = {node: i for i, node in enumerate((*range(n), *topology.switches))}
-    arcs = {(number[u], number[v]): int(rate * unit) for (u, v), rate in rates.items()}
-    return unit / _broadcast_rate(n, n + len(topology.switches), arcs)
+    number: dict[Node, int] = {node: i for i, node in enumerate((*range(topology.ranks), *topology.switches))}
+    return unit, {(number[u], number[v]): int(rate * unit) for (u, v), rate in rates.items()}
 
 
 def _exact(rate: float) -> Fraction:
@@ -84,12 +104,27 @@ class _Network:
             room += (capacity * x.denominator, 0)
         for rank in range(self.n):
             room += (demand if rank < v else x.numerator, 0)
+        missing, level = self._push(v, room, demand)
+        return set(range(self.source)) - level.keys() if missing else None
+
+    def flow(self, u: int, v: int, enough: int) -> int:
+        """How much can flow from rank `u` to rank `v`, or `enough` if it is that much."""
+        room: list[int] = []
+        for capacity in self.capacities:
+            room += (capacity, 0)
+        for rank in range(self.n):
+            room += (enough if rank == u else 0, 0)
+        return enough - self._push(v, room, enough)[0]
+
+    def _push(self, v: int, room: list[int], demand: int) -> tuple[int, dict[int, int]]:
+        """Flow up to `demand` from the super-source to `v`: how much is missing, and what then still leads to `v`."""
+        level: dict[int, int] = {}
         while demand:
             level = self._levels(v, room)
             if self.source not in level:
-                return set(range(self.source)) - level.keys()
+                break
             demand -= self._blocking_flow(v, room, level, demand)
-        return None
+        return demand, level
 
     def _levels(self, v: int, room: list[int]) -> dict[int, int]:
         """Hops from `v` over arcs with room, as far as the super-source (Dinic's level graph)."""

@@ -3,7 +3,8 @@
 On a full mesh of n ranks the rings are link-disjoint directed Hamiltonian cycles ("orthogonal rings", TASP,
 arXiv 2509.26541): n-1 of them use every link. n = 4 and 6 have no such n-1 cycles; there 2(n-1) rings of
 half width use every link exactly twice. Behind a single switch a rank's own link is all it has, and one ring
-fills it. Equal nodes are taken in turn, one ring for each NIC (`two_level`).
+fills it. Equal nodes are taken in turn, one ring for each NIC (`two_level`). For any other topology a solver
+packs rings into the links (`packing`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from threading import Lock
 
 import numpy as np
 
-from tasp_coll import hamilton, two_level
-from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError, TopologyError
+from tasp_coll import hamilton, packing, two_level
+from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError
 from tasp_coll.links import Node
-from tasp_coll.nodes import nodes_of
+from tasp_coll.nodes import Nodes, nodes_of
 from tasp_coll.rings import Decomposition, Ring, equal_rings
 from tasp_coll.topology import Topology
 
@@ -31,13 +32,23 @@ def decompose(topology: Topology, rings: int | None = None) -> tuple[Ring, ...]:
     `rings=None` uses all links: on a full mesh of n ranks n-1 disjoint rings (for n = 4 six and for n = 6
     ten, with every link on exactly two); behind a single switch one ring, which is already optimal, since a
     rank has one link out and the ring keeps it full at every step; on equal nodes of m ranks one ring for each
-    NIC of a node (two for m = 3 and 5). `rings=k` takes k rings of weight 1/k: on a mesh and behind a switch
-    disjoint where k disjoint ones exist (up to n-1, but 2 for n = 4 and 4 for n = 6), else distinct and at
-    most two over one link. Only those asked for are built.
+    NIC of a node (two for m = 3 and 5). On any other topology rings are packed until they come within 2% of
+    the narrowest cut between ranks, which no rings can beat, or the effort is spent; where links differ, each
+    ring's weight is what its links can carry beside the others. At most 2(n-1) rings; hops lead over one link or
+    over switches, over other ranks only where there is no other way. That needs the extra `solver`, unless one
+    ring fills the narrowest cut, or the links differ from the forms above by little.
 
-    Sources: see `tasp_coll.hamilton` and `tasp_coll.two_level`. Raises ArgumentError for `rings` that is not an
-    integer from 1 to the largest number (n-1; 6, 10 and 1 for n = 4, 6 and 1), TopologyError for any other kind of
-    topology.
+    `rings=k` takes k distinct rings, on a mesh, a switch and equal nodes of weight 1/k: disjoint where k disjoint
+    ones exist (on a mesh up to n-1, but 2 for n = 4 and 4 for n = 6), else with at most two over one link of a mesh;
+    elsewhere the best k that were found. One ring never needs the solver. Only those asked for are built.
+
+    The same topology gives the same rings on every rank and machine (with the same release of ortools), and is
+    worked out once in a process. Sources: see `tasp_coll.hamilton`, `two_level`, `packing`, `ring_solver`,
+    `widths` and `single_ring`.
+
+    Raises ArgumentError for `rings` that is not an integer from 1 to the largest number (on a mesh and a switch n-1;
+    6, 10 and 1 for n = 4, 6 and 1; on nodes what None gives; else 2(n-1)) or of which there are not so many,
+    TopologyError where the solver is needed and missing.
     """
     return decomposition_of(topology, rings).rings
 
@@ -59,7 +70,7 @@ def ring_neighbours(topology: Topology, rank: int, rings: int | None = None) -> 
 def decomposition_of(topology: Topology, rings: int | None = None) -> Decomposition:
     """`decompose(topology, rings)` with what it promises of the links. Raises as `decompose`."""
     if not _is_even(topology):
-        return _of_nodes(topology, rings)
+        return _uneven(topology, rings)
     n, count = topology.ranks, _ring_count(topology, rings)
     if topology.is_single_switch:
         share = Fraction(1)  # every ring passes every port
@@ -165,13 +176,18 @@ def _rings(n: int, count: int) -> tuple[Ring, ...]:
     return equal_rings(hamilton.double_cover(n)[:count] if n in (4, 6) else hamilton.directed_cycles(n, count))
 
 
-def _of_nodes(topology: Topology, rings: int | None) -> Decomposition:
+def _uneven(topology: Topology, rings: int | None) -> Decomposition:
     """Of any topology but a full mesh or a single switch; each is worked out once, ranks in threads wait for it."""
     known = _Known(topology.fingerprint, topology)
     with _LOCK:
-        limit = _largest_count(known)
+        nodes = _nodes(known)
+        limit = two_level.largest_count(nodes) if nodes else packing.largest_count(topology.ranks)
         count = None if rings is None else _checked_count(topology, rings, limit)
-        return _worked_out(known, limit if count is None else count)
+        if nodes:
+            return _two_level(known, limit if count is None else count)
+        if count is None or (count > 1 and len(_packed(known, None).rings) == count):
+            return _packed(known, None)
+        return _packed(known, count)
 
 
 @dataclass(frozen=True)
@@ -186,21 +202,20 @@ _LOCK = Lock()
 
 
 @lru_cache(maxsize=64)
-def _largest_count(known: _Known) -> int:
+def _nodes(known: _Known) -> Nodes | None:
+    """The nodes of a topology whose rings have a closed form."""
     nodes = nodes_of(known.topology)
-    if nodes is None:
-        raise TopologyError(
-            f"topology {known.topology.name!r}: only full meshes of equal links, single switches and equal nodes can "
-            "be decomposed by this version"
-        )
-    return two_level.largest_count(nodes)
+    return nodes if nodes and two_level.decompose_nodes(nodes, 1) else None
 
 
 @lru_cache(maxsize=64)
-def _worked_out(known: _Known, count: int) -> Decomposition:
-    nodes = nodes_of(known.topology)
-    assert nodes is not None
-    found = two_level.decompose_nodes(nodes, count)
-    if found is None:
-        raise TopologyError(f"topology {known.topology.name!r}: its rails cannot be kept to")
+def _two_level(known: _Known, count: int) -> Decomposition:
+    nodes = _nodes(known)
+    found = two_level.decompose_nodes(nodes, count) if nodes else None
+    assert found is not None
     return found
+
+
+@lru_cache(maxsize=64)
+def _packed(known: _Known, count: int | None) -> Decomposition:
+    return packing.pack_all(known.topology) if count is None else packing.pack_some(known.topology, count)

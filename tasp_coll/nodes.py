@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tasp_coll.links import Link, Node
@@ -61,7 +61,7 @@ def _fabrics(topology: Topology) -> Iterator[frozenset[str]]:
 def _split(topology: Topology, fabric: frozenset[str]) -> Nodes | None:
     inner = [link for link in topology.links if not {link.source, link.target} & fabric]
     nics = [link for link in topology.links if {link.source, link.target} & fabric]
-    parts = _parts(topology.ranks, [switch for switch in topology.switches if switch not in fabric], inner)
+    parts = connected_parts(topology.ranks, [switch for switch in topology.switches if switch not in fabric], inner)
     if len(parts) < 2 or len({len(part) for part in parts}) != 1 or len(parts[0]) < 2:
         return None
     rail = _rails(topology.ranks, nics)
@@ -75,7 +75,7 @@ def _split(topology: Topology, fabric: frozenset[str]) -> Nodes | None:
     return Nodes(groups, kind[0], nics[0].GBps, kind[1], rails)
 
 
-def _parts(ranks: int, switches: list[str], links: list[Link]) -> list[list[int]]:
+def connected_parts(ranks: int, switches: Sequence[str], links: Sequence[Link]) -> list[list[int]]:
     """The ranks of each connected part, by smallest rank."""
     near: dict[Node, list[Node]] = {node: [] for node in (*range(ranks), *switches)}
     for link in links:

@@ -207,9 +207,11 @@ def _check_pairs(schedule: Schedule) -> None:
 
 
 def _by_structure(schedule: Schedule) -> None:
-    for pattern in _unfolded(schedule.pattern):
+    for part in _unfolded(schedule.pattern):
+        # Reversal keeps what is checked here but for the direction of the links.
+        pattern = part.forward if isinstance(part, ReversedPattern) else part
         if isinstance(pattern, RingPattern):
-            _check_rings(schedule, pattern)
+            _check_rings(schedule, pattern, part)
         elif isinstance(pattern, (DirectPattern, AllToAllPattern)):
             _check_direct(schedule, pattern)
         elif isinstance(pattern, HierarchicalPattern):
@@ -219,13 +221,13 @@ def _by_structure(schedule: Schedule) -> None:
 
 
 def _unfolded(pattern: Pattern) -> list[Pattern]:
-    """The rules a pattern is built from; reversal keeps every property that is checked here."""
+    """The patterns that follow one another in this one."""
     if isinstance(pattern, ChainedPattern):
         return [*_unfolded(pattern.first), *_unfolded(pattern.second)]
-    return _unfolded(pattern.forward) if isinstance(pattern, ReversedPattern) else [pattern]
+    return [pattern]
 
 
-def _check_rings(schedule: Schedule, pattern: RingPattern) -> None:
+def _check_rings(schedule: Schedule, pattern: RingPattern, directed: Pattern) -> None:
     n = schedule.ranks
     if len(pattern.rings) != schedule.chunks:
         raise ScheduleError(f"{len(pattern.rings)} rings carry {schedule.chunks} chunks: one for each is needed")
@@ -236,7 +238,7 @@ def _check_rings(schedule: Schedule, pattern: RingPattern) -> None:
         return
     # Every step uses the same links: the arcs of the rings, each with its ring's chunk.
     unit, units = chunk_units(schedule)
-    rows = pattern.transfers(0)
+    rows = directed.transfers(0)
     _check_capacity(schedule, 0, rows, units[rows[:, 3]], unit)
 
 

@@ -6,28 +6,14 @@ from fractions import Fraction
 from itertools import chain, combinations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
 
+from random_topologies import topologies
 from tasp_coll.cutbound import allgather_bound_shares
 from tasp_coll.links import Link, Node
 from tasp_coll.topology import Topology
 
 NIC = 50  # GB/s, the unit of the table's multi-node rows
-
-RATES = st.sampled_from([0.1, 0.25, 1.0, 1.5, 3.0, 7.0, 450.0])
-
-
-@st.composite
-def topologies(draw: st.DrawFn) -> Topology:
-    """Up to 5 ranks and 3 switches: a cycle through a random order of all nodes and any other links."""
-    n = draw(st.integers(2, 5))
-    nodes: list[Node] = [*range(n), *(f"s{i}" for i in range(draw(st.integers(0, 7 - n))))]
-    order = draw(st.permutations(nodes))
-    arcs = set(zip(order, [*order[1:], order[0]], strict=True))
-    arcs |= draw(st.sets(st.tuples(st.sampled_from(nodes), st.sampled_from(nodes)), max_size=20))
-    links = [Link(u, v, draw(RATES)) for u, v in sorted(arcs, key=str) if u != v]
-    return Topology("random", n, tuple(nodes[n:]), tuple(links))  # type: ignore[arg-type]
 
 
 def every_cut(topology: Topology) -> Fraction:
@@ -44,6 +30,12 @@ def every_cut(topology: Topology) -> Fraction:
 
 @given(topologies())
 def test_bound_is_the_worst_of_all_cuts(topology: Topology) -> None:
+    assert allgather_bound_shares(topology) == every_cut(topology)
+
+
+@settings(max_examples=15, deadline=None)
+@given(topologies(ranks=12, switches=1, density=3))
+def test_bound_is_the_worst_of_all_cuts_of_larger_graphs(topology: Topology) -> None:
     assert allgather_bound_shares(topology) == every_cut(topology)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tasp_coll import decomposition, hamilton
 from tasp_coll.decomposition import check_decomposition, decompose, ring_neighbours
-from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError, TopologyError
+from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError
 from tasp_coll.rings import Ring
 from tasp_coll.topology import Topology
 
@@ -116,23 +116,6 @@ def test_ring_count_of_a_wrong_kind(k: Any) -> None:
 def test_wrong_rank(rank: Any) -> None:
     with pytest.raises(ArgumentError, match=r"^rank must be an integer from 0 to 7, got"):
         ring_neighbours(mesh(8), rank)
-
-
-@pytest.mark.parametrize("spec", ["torus:4x4", "hypercube:3"])
-def test_other_topologies_are_refused_by_name(spec: str) -> None:
-    topology = Topology.preset(spec)
-    for call in (
-        lambda: decompose(topology),
-        lambda: decompose(topology, 1),
-        lambda: ring_neighbours(topology, 0),
-    ):
-        with pytest.raises(TopologyError, match=rf"'{spec}': only full meshes .* single switches"):
-            call()
-
-
-def test_mesh_with_a_dead_link_is_refused() -> None:
-    with pytest.raises(TopologyError, match="full_mesh:8 without 0-1"):
-        decompose(mesh(8).without_link(0, 1))
 
 
 @given(st.permutations(range(7)), st.integers(1, 9))

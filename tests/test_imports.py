@@ -20,7 +20,9 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
     "topology": ("links", "cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
-    "decomposition": ("rings", "hamilton", "two_level", "decomposition"),
+    "decomposition": (
+        *("rings", "hamilton", "two_level", "hops", "widths", "single_ring", "ring_solver", "packing", "decomposition"),
+    ),
     "schedule": ("patterns", "hierarchical", "schedule"),
     "verify": ("loads", "verify"),
     "simulate": (
@@ -70,7 +72,7 @@ ONLY: dict[str, set[str]] = {
     "memos": set(),
     "functions": {"communicator", "streams"},
 }
-LIBRARIES = {"transport.mpi": {"mpi4py"}, "bootstrap": {"mpi4py"}}  # beside NumPy
+LIBRARIES = {"transport.mpi": {"mpi4py"}, "bootstrap": {"mpi4py"}, "ring_solver": {"ortools"}}  # beside NumPy
 
 
 class Import(NamedTuple):

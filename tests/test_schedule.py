@@ -126,12 +126,23 @@ def test_every_link_carries_the_same_in_every_step(collective: str, algorithm: s
             assert len(load) == (n if algorithm == "ring" else n * (n - 1))
 
 
-def test_a_graph_without_rings_can_be_served_directly() -> None:
-    for spec in ("hypercube:3", "torus:3x3"):
+def test_any_graph_can_be_served_directly() -> None:
+    for spec in ("hypercube:3", "torus:3x3", "cluster:2x2"):
         plan(spec, "allreduce", "direct").verify()
         plan(spec, "all_to_all", "direct").verify()
-        with pytest.raises(TopologyError, match="decomposed"):
-            plan(spec)
+
+
+@pytest.mark.parametrize("spec", ["mi300x", "dgx_h100:2", "cluster:3x3", "torus:3x3", "hypercube:3"])
+@pytest.mark.parametrize("collective", ["allgather", "reduce_scatter", "allreduce"])
+def test_rings_of_every_preset(spec: str, collective: str) -> None:
+    if spec.startswith(("torus", "hypercube")):
+        pytest.importorskip("ortools", reason="ortools is not installed: pip install 'tasp-coll[solver]'")
+    for algorithm in ("rings", "ring"):
+        schedule = plan(spec, collective, algorithm)
+        replay(schedule)
+        assert schedule.verify("replay") == "replay"
+        assert schedule.verify("structure") == "structure"
+        assert schedule.capacity_share
 
 
 # --- what the proofs refuse, both ways alike

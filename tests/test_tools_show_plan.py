@@ -39,6 +39,8 @@ PLANS = [
     ("dgx_h100:2", "allgather", "direct", None),
     ("torus:3x3", "all_to_all", "direct", None),
     ("torus:2x4", "allreduce", "direct", None),
+    ("torus:2x4", "allreduce", "ring", None),
+    ("cluster:2x3", "allgather", "rings", None),
 ]
 
 
@@ -309,7 +311,7 @@ def test_a_plan_that_fails_its_proof(capsys: pytest.CaptureFixture[str], monkeyp
     [
         (("nonsense",), "presets are: full_mesh:N, nvswitch:N"),
         (("full_mesh:x",), "full_mesh:x"),
-        (("torus:4x4",), "can be decomposed"),
+        (("torus:4x4", "--rings", 31), "from 1 to 30"),
         (("full_mesh:4", "--rings", 7), "from 1 to 6"),
         (("full_mesh:4", "--rings", 1, "--algorithm", "direct"), "rings applies to"),
         (("full_mesh:4", "--collective", "all_to_all", "--algorithm", "rings"), "must be 'direct'"),
