@@ -19,10 +19,10 @@ _HOME = {
     "ArgumentTypeError": "errors",
     "CollectiveError": "errors",
     "Communicator": "communicator",
-    "Link": "topology",
+    "Link": "links",
     "MismatchError": "errors",
     "PeerTimeoutError": "errors",
-    "Ring": "decomposition",
+    "Ring": "rings",
     "Schedule": "schedule",
     "ScheduleError": "errors",
     "Topology": "topology",
@@ -67,7 +67,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tasp_coll.communicator import Communicator
-    from tasp_coll.decomposition import Ring, decompose, ring_neighbours
+    from tasp_coll.decomposition import decompose, ring_neighbours
     from tasp_coll.errors import (
         ArgumentError,
         ArgumentTypeError,
@@ -86,8 +86,10 @@ if TYPE_CHECKING:
         decomposed_reduce_scatter,
         reduce_scatter_steps,
     )
+    from tasp_coll.links import Link
+    from tasp_coll.rings import Ring
     from tasp_coll.schedule import Schedule, Transfer, plan
-    from tasp_coll.topology import Link, Topology
+    from tasp_coll.topology import Topology
 
 
 def __getattr__(name: str) -> Any:

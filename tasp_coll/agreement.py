@@ -41,13 +41,20 @@ class Header(NamedTuple):
         return _LAYOUT.pack(*self)
 
 
+def inline_bytes(ranks: int) -> int:
+    """How large a payload may be to travel with the agreement: ranks share nothing but their number.
+
+    It shrinks where many add up.
+    """
+    return max(1024, min(8192, (4 << 20) // ranks // 64 * 64))
+
+
 class Rounds:
     """Exchange of headers and small payloads between all ranks of a transport."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport, self.rank, self.size = transport, transport.rank, transport.size
-        # Ranks share nothing but their number, so that all get the same room; it shrinks where many add up.
-        self.capacity = max(1024, min(8192, (4 << 20) // self.size // 64 * 64))
+        self.capacity = inline_bytes(self.size)
         self.stride = HEADER_BYTES + self.capacity
         self._memory = np.zeros((self.size, self.stride), np.uint8)
         self._base = self._memory.ctypes.data
@@ -55,14 +62,16 @@ class Rounds:
         self._signatures = self._memory[:, :16]
         self._header = self._memory[self.rank].data[: _LAYOUT.size]
         self._peers = [peer for peer in range(self.size) if peer != self.rank]
-        self._prepared: dict[int, Batch] = {}
+        self._prepared: dict[int, tuple[Batch, memoryview]] = {}
         self._batch: Batch | None = None
 
-    def post(self, header: bytes, address: int = 0, payload: int = 0) -> None:
-        """Send this rank's packed header and `payload` bytes from `address` to all, and expect theirs."""
+    def post(self, header: bytes, payload: bytes | memoryview = b"") -> None:
+        """Send this rank's packed header and the bytes of `payload` to all, and expect theirs."""
+        nbytes = len(payload)
         self._header[:] = header
-        ctypes.memmove(self._own + HEADER_BYTES, address, payload)
-        batch = self._batch = self._prepared.get(payload) or self._batch_for(payload)
+        batch, room = self._prepared.get(nbytes) or self._prepare(nbytes)
+        room[:] = payload
+        self._batch = batch
         batch.start_all()
 
     def poll(self) -> bool:
@@ -99,14 +108,16 @@ class Rounds:
         """The payload that `rank` sent, as text."""
         return ctypes.string_at(self.payload(rank), self.header(rank).payload).decode("utf-8", "replace")
 
-    def _batch_for(self, payload: int) -> Batch:
+    def _prepare(self, payload: int) -> tuple[Batch, memoryview]:
+        """The messages with payloads of so many bytes, and where this rank's lies."""
         slot = self.stride
         receives = [Op(False, peer, CONTROL_LANE, self._base + peer * slot, slot) for peer in self._peers]
         sends = [Op(True, peer, CONTROL_LANE, self._own, HEADER_BYTES + payload) for peer in self._peers]
         if len(self._prepared) == _PREPARED:
-            self._prepared.pop(next(iter(self._prepared))).free()
-        batch = self._prepared[payload] = self._transport.prepare(receives + sends)
-        return batch
+            self._prepared.pop(next(iter(self._prepared)))[0].free()
+        room = self._memory[self.rank, HEADER_BYTES : HEADER_BYTES + payload].data
+        made = self._prepared[payload] = self._transport.prepare(receives + sends), room
+        return made
 
 
 def encode(description: Mapping[str, object], limit: int) -> bytes:

@@ -13,8 +13,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from tasp_coll.agreement import Header, Rounds, disagreement
 from tasp_coll.core import SLOTS, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
@@ -145,10 +143,10 @@ class Join(_Round):
 
 def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]]:
     """Every rank's text, each short enough for one round."""
-    raw = np.frombuffer(text.encode(), np.uint8)
+    raw = text.encode()
     if len(raw) > rounds.capacity:
         raise CollectiveError(f"a text of {len(raw)} bytes is too long for a round of {rounds.capacity}")
-    rounds.post(Header(b"text".ljust(16), len(raw)).packed(), raw.ctypes.data, len(raw))
+    rounds.post(Header(b"text".ljust(16), len(raw)).packed(), raw)
     while not rounds.poll():
         yield False
     return [rounds.text(rank) for rank in range(rounds.size)]

@@ -20,13 +20,14 @@ from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Shape
 from tasp_coll.errors import ArgumentError, MismatchError
 from tasp_coll.executor import Program
-from tasp_coll.operations import Call, Collective, Steps
+from tasp_coll.forecast import Choice
+from tasp_coll.operations import Collective, Steps
+from tasp_coll.options import Call
 from tasp_coll.programs import ALIGN, all_to_all_program, gather_program
 from tasp_coll.reduce_programs import reduce_program
 from tasp_coll.reduction import Reduction, reduction
 from tasp_coll.schedule import Schedule, cut, uniform_weights
 from tasp_coll.transport import NativeRequest
-from tasp_coll.tuning import Choice
 
 
 class AllGather(Collective):

@@ -18,6 +18,7 @@ import operator
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tasp_coll import bootstrap, tuning
@@ -26,8 +27,10 @@ from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, Re
 from tasp_coll.core import Core
 from tasp_coll.engine import Engine
 from tasp_coll.errors import ArgumentError, CollectiveError
-from tasp_coll.operations import Collective, Options
+from tasp_coll.operations import Collective
+from tasp_coll.options import Options
 from tasp_coll.schedule import Schedule
+from tasp_coll.simulate import software_costs
 from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce
 from tasp_coll.topology import ENVIRONMENT, Topology
 from tasp_coll.transport import Transport
@@ -127,8 +130,9 @@ class Communicator:
         recv: None (the result is made, of send's kind), or memory for it: writable, contiguous, of send's dtype and
             the result's shape, apart from send, or with send as exactly its own slice of rows (in place).
         algorithm: "rings" (all link-disjoint rings; `rings=k`: k of them), "ring", "direct" (everyone sends to
-            everyone), "native" (the MPI library's own), a `Schedule` of your own, or "auto", which takes the fastest
-            by rule or by the table that `tune` measured, the same on all ranks.
+            everyone), "hierarchical" (several equal nodes: along rails, and inside nodes), "native" (the MPI
+            library's own), a `Schedule` of your own, or "auto", which takes the fastest by the cost model or by
+            the table that `tune` measured, the same on all ranks.
         async_op: return at once with a `Work`, whose `wait()` gives the result and whose `test()` says if it is there;
             data moves in the background. Touch neither array until then.
 
@@ -234,7 +238,7 @@ class Communicator:
         """
         from tasp_coll.measure import measure
 
-        chooser = measure(self, sizes, repeats)
+        chooser = replace(measure(self, sizes, repeats), costs=self._core.chooser.costs)
         path = tuning.cache_file(self._core.situation, self.transport)
         _spread(self._core, chooser)
         if self.rank == 0:
@@ -280,7 +284,7 @@ def _plain(counts: Any) -> Any:
 
 
 def _join(transport: Transport, topology: Any, timeout: float, error: CollectiveError | None) -> Core:
-    """The first agreement, and rank 0's tuned table for all."""
+    """The first agreement, and rank 0's tuned table and costs for all."""
     given = topology is not None or bool(os.environ.get(ENVIRONMENT))
     found: Topology | None = None
     try:
@@ -294,10 +298,11 @@ def _join(transport: Transport, topology: Any, timeout: float, error: Collective
     native = transport.name == "mpi"
     situation = tuning.Situation(found, given, len(set(hosts)), native)
     core = Core(transport, found, situation, rounds, engine)
-    table = (
-        tuning.read(tuning.cache_file(situation, transport.name), found) if transport.rank == 0 else tuning.Chooser()
-    )
-    _spread(core, table)
+    chooser = tuning.Chooser()
+    if transport.rank == 0:
+        measured = tuning.read(tuning.cache_file(situation, transport.name), found)
+        chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
+    _spread(core, chooser)
     return core
 
 

@@ -13,11 +13,12 @@ import numpy as np
 from tasp_coll.agreement import Rounds
 from tasp_coll.engine import Engine
 from tasp_coll.executor import Exchange, Program
+from tasp_coll.forecast import Choice
 from tasp_coll.memos import Memos
 from tasp_coll.schedule import Schedule, plan
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
-from tasp_coll.tuning import Choice, Chooser, Situation
+from tasp_coll.tuning import Chooser, Situation
 
 SLOTS = 8  # lanes are numbered lane * SLOTS + slot: slot 0 for calls, the others for streams of steps
 _PLANS = 64
@@ -27,8 +28,8 @@ V = TypeVar("V")
 
 
 def max_rings(ranks: int) -> int:
-    """How many rings a schedule on so many ranks may number: 10 on a mesh of 6, else less than ranks."""
-    return max(ranks, 10)
+    """How many rings a schedule on so many ranks may number: a decomposition has no more than 2 for every peer."""
+    return max(2 * ranks, 10)
 
 
 class Cache(Generic[K, V]):

@@ -13,7 +13,8 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tasp_coll.topology import Node, Topology
+    from tasp_coll.links import Node
+    from tasp_coll.topology import Topology
 
 
 def allgather_bound_shares(topology: Topology) -> Fraction:

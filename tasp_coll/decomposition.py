@@ -3,75 +3,80 @@
 On a full mesh of n ranks the rings are link-disjoint directed Hamiltonian cycles ("orthogonal rings", TASP,
 arXiv 2509.26541): n-1 of them use every link. n = 4 and 6 have no such n-1 cycles; there 2(n-1) rings of
 half width use every link exactly twice. Behind a single switch a rank's own link is all it has, and one ring
-fills it.
+fills it. Equal nodes are taken in turn, one ring for each NIC (`two_level`).
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 
-from tasp_coll import hamilton
+from tasp_coll import hamilton, two_level
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError, TopologyError
+from tasp_coll.links import Node
+from tasp_coll.nodes import nodes_of
+from tasp_coll.rings import Decomposition, Ring, equal_rings
 from tasp_coll.topology import Topology
 
 
-@dataclass(frozen=True, slots=True)
-class Ring:
-    """One directed cycle over all ranks: each sends to the next in `ranks`, the last to the first.
-
-    `weight` is the share of every rank's shard that travels on it; a decomposition's weights add up to 1.
-    """
-
-    ranks: tuple[int, ...]
-    weight: Fraction
-
-    def reversed(self) -> Ring:
-        """The same ring in the opposite direction, from the same first rank."""
-        return Ring(self.ranks[:1] + self.ranks[:0:-1], self.weight)
-
-
 def decompose(topology: Topology, rings: int | None = None) -> tuple[Ring, ...]:
-    """Rings of equal weight for a full mesh of equal links or a single switch.
+    """Rings that share the links of a topology as evenly as they can.
 
     `rings=None` uses all links: on a full mesh of n ranks n-1 disjoint rings (for n = 4 six and for n = 6
     ten, with every link on exactly two); behind a single switch one ring, which is already optimal, since a
-    rank has one link out and the ring keeps it full at every step. `rings=k` takes k rings of weight 1/k, the
-    same on a mesh and behind a switch: disjoint where k disjoint ones exist (up to n-1, but 2 for n = 4 and 4
-    for n = 6), else distinct and at most two over one link. Only those asked for are built.
+    rank has one link out and the ring keeps it full at every step; on equal nodes of m ranks one ring for each
+    NIC of a node (two for m = 3 and 5). `rings=k` takes k rings of weight 1/k: on a mesh and behind a switch
+    disjoint where k disjoint ones exist (up to n-1, but 2 for n = 4 and 4 for n = 6), else distinct and at
+    most two over one link. Only those asked for are built.
 
-    Sources: see `tasp_coll.hamilton`. Raises ArgumentError for `rings` that is not an integer from 1 to the
-    largest number (n-1; 6, 10 and 1 for n = 4, 6 and 1), TopologyError for any other kind of topology.
+    Sources: see `tasp_coll.hamilton` and `tasp_coll.two_level`. Raises ArgumentError for `rings` that is not an
+    integer from 1 to the largest number (n-1; 6, 10 and 1 for n = 4, 6 and 1), TopologyError for any other kind of
+    topology.
     """
-    return _rings(topology.ranks, _ring_count(topology, rings))
+    return decomposition_of(topology, rings).rings
 
 
 def ring_neighbours(topology: Topology, rank: int, rings: int | None = None) -> tuple[tuple[int, int], ...]:
-    """(previous, next) of `rank` on each ring of `decompose(topology, rings)`, without building all of them.
+    """(previous, next) of `rank` on each ring of `decompose(topology, rings)`.
 
-    O(n + rings) for n ranks, against O(n * rings) for `decompose`. Raises as `decompose`, and ArgumentError
-    for a rank that is not an integer from 0 to n-1.
+    On a full mesh or a switch O(n + rings) for n ranks, without building all rings, against O(n * rings) for
+    `decompose`. Raises as `decompose`, and ArgumentError for a rank that is not an integer from 0 to n-1.
     """
-    n, count = topology.ranks, _ring_count(topology, rings)
+    n = topology.ranks
+    count = _ring_count(topology, rings) if _is_even(topology) else 0
     rank = _checked_integer("rank", rank, 0, n - 1)
-    if n in (1, 4, 6):
-        return tuple(hamilton.cycle_neighbours(cycle, rank) for cycle in _cycles(n, count))
-    return tuple(hamilton.neighbours(n, rank, count))
+    if count and n not in (1, 4, 6):
+        return tuple(hamilton.neighbours(n, rank, count))
+    return tuple(hamilton.cycle_neighbours(ring.ranks, rank) for ring in decompose(topology, rings))
 
 
-def check_decomposition(topology: Topology, rings: Sequence[Ring]) -> None:
+def decomposition_of(topology: Topology, rings: int | None = None) -> Decomposition:
+    """`decompose(topology, rings)` with what it promises of the links. Raises as `decompose`."""
+    if not _is_even(topology):
+        return _of_nodes(topology, rings)
+    n, count = topology.ranks, _ring_count(topology, rings)
+    if topology.is_single_switch:
+        share = Fraction(1)  # every ring passes every port
+    else:
+        share = Fraction(1 if count <= max(hamilton.max_disjoint(n), 1) else 2, count)
+    return Decomposition(_rings(n, count), share)
+
+
+def check_decomposition(topology: Topology, rings: Sequence[Ring], share: Fraction | None = None) -> None:
     """Prove that `rings` decompose `topology`; ScheduleError names the first ring or link that breaks a rule.
 
-    Every ring is a Hamiltonian cycle of the ranks, the weights are positive and add up to exactly 1, and on
-    a full mesh of n ranks no link is on more rings than k rings need: one where k disjoint rings exist, else
-    the larger of two and k/(n-1) rounded up. TopologyError for a topology that `decompose` refuses.
+    Every ring is a Hamiltonian cycle of the ranks, the weights are positive and add up to exactly 1, and no link is
+    loaded above the promise: on a full mesh of n ranks it is on no more rings than k rings need (one where k disjoint
+    rings exist, else the larger of two and k/(n-1) rounded up); elsewhere a link of the highest rate carries no
+    more than `share` of a shard in a step, slower links in proportion. share: None for what `decompose` promises for
+    so many rings, which raises as `decompose`.
     """
-    _require_known(topology)
     n = topology.ranks
     for index, ring in enumerate(rings):
         if not hamilton.is_hamiltonian_cycle(ring.ranks, n):
@@ -81,8 +86,12 @@ def check_decomposition(topology: Topology, rings: Sequence[Ring]) -> None:
     total = sum((ring.weight for ring in rings), Fraction(0))
     if total != 1:
         raise ScheduleError(f"the weights of {len(rings)} rings must add up to 1, got {total}")
-    if topology.is_full_mesh and n > 1:
+    if n == 1 or topology.is_single_switch:
+        return  # any ring loads every port alike
+    if topology.is_full_mesh:
         _check_links(n, [ring.ranks for ring in rings])
+    else:
+        _check_loads(topology, rings, decomposition_of(topology, len(rings)).share if share is None else share)
 
 
 def _check_links(n: int, cycles: list[tuple[int, ...]]) -> None:
@@ -100,23 +109,40 @@ def _check_links(n: int, cycles: list[tuple[int, ...]]) -> None:
         )
 
 
-def _require_known(topology: Topology) -> None:
-    if not (topology.ranks == 1 or topology.is_full_mesh or topology.is_single_switch):
-        raise TopologyError(
-            f"topology {topology.name!r}: only full meshes of equal links and single switches can be "
-            "decomposed by this version"
-        )
+def _check_loads(topology: Topology, rings: Sequence[Ring], share: Fraction) -> None:
+    """ScheduleError where a link carries more than its part of `share` in a step."""
+    users: dict[tuple[Node, Node], list[int]] = {}
+    for index, ring in enumerate(rings):
+        for src, dst in zip(ring.ranks, ring.ranks[1:] + ring.ranks[:1], strict=True):
+            for link in topology.path(src, dst):
+                users.setdefault(link, []).append(index)
+    highest = max(link.GBps for link in topology.links)
+    for (u, v), used in users.items():
+        load = sum((rings[index].weight for index in used), Fraction(0))
+        limit = share * Fraction(str(topology.GBps(u, v))) / Fraction(str(highest))
+        if load > limit:
+            raise ScheduleError(
+                f"link {u} -> {v} carries {load} of a shard, its share is {limit}: it is on rings {used}", ring=used[0]
+            )
+
+
+def _is_even(topology: Topology) -> bool:
+    """All links alike, from each rank to each: a full mesh, a single switch, or one rank alone."""
+    return topology.ranks == 1 or topology.is_full_mesh or topology.is_single_switch
 
 
 def _ring_count(topology: Topology, rings: int | None) -> int:
-    """How many rings `decompose` gives; checks both arguments."""
-    _require_known(topology)
+    """How many rings a full mesh or a single switch gets."""
     n = topology.ranks
     # A full mesh of 4 or 6 has a double cover in place of n-1 disjoint rings; one rank alone is a ring.
     limit = 2 * n - 2 if n in (4, 6) else max(n - 1, 1)
     if rings is None:
         return limit if topology.is_full_mesh else 1
-    return _checked_integer("rings", rings, 1, limit, f" for {n} ranks, or None")
+    return _checked_count(topology, rings, limit)
+
+
+def _checked_count(topology: Topology, rings: int, limit: int) -> int:
+    return _checked_integer("rings", rings, 1, limit, f" for {topology.ranks} ranks, or None")
 
 
 def _checked_integer(name: str, value: int, low: int, high: int, note: str = "") -> int:
@@ -132,13 +158,49 @@ def _checked_integer(name: str, value: int, low: int, high: int, note: str = "")
     return number
 
 
-def _cycles(n: int, count: int) -> list[tuple[int, ...]]:
-    if n == 1:
-        return [(0,)]
-    return hamilton.double_cover(n)[:count] if n in (4, 6) else hamilton.directed_cycles(n, count)
-
-
 @lru_cache(maxsize=4)
 def _rings(n: int, count: int) -> tuple[Ring, ...]:
-    weight = Fraction(1, count)
-    return tuple(Ring(cycle, weight) for cycle in _cycles(n, count))
+    if n == 1:
+        return equal_rings([(0,)])
+    return equal_rings(hamilton.double_cover(n)[:count] if n in (4, 6) else hamilton.directed_cycles(n, count))
+
+
+def _of_nodes(topology: Topology, rings: int | None) -> Decomposition:
+    """Of any topology but a full mesh or a single switch; each is worked out once, ranks in threads wait for it."""
+    known = _Known(topology.fingerprint, topology)
+    with _LOCK:
+        limit = _largest_count(known)
+        count = None if rings is None else _checked_count(topology, rings, limit)
+        return _worked_out(known, limit if count is None else count)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A topology as a key: what it is called does not matter."""
+
+    fingerprint: str
+    topology: Topology = field(compare=False)
+
+
+_LOCK = Lock()
+
+
+@lru_cache(maxsize=64)
+def _largest_count(known: _Known) -> int:
+    nodes = nodes_of(known.topology)
+    if nodes is None:
+        raise TopologyError(
+            f"topology {known.topology.name!r}: only full meshes of equal links, single switches and equal nodes can "
+            "be decomposed by this version"
+        )
+    return two_level.largest_count(nodes)
+
+
+@lru_cache(maxsize=64)
+def _worked_out(known: _Known, count: int) -> Decomposition:
+    nodes = nodes_of(known.topology)
+    assert nodes is not None
+    found = two_level.decompose_nodes(nodes, count)
+    if found is None:
+        raise TopologyError(f"topology {known.topology.name!r}: its rails cannot be kept to")
+    return found

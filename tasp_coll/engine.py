@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from tasp_coll.errors import (
@@ -23,33 +23,14 @@ from tasp_coll.errors import (
     TopologyError,
 )
 from tasp_coll.transport import Transport
+from tasp_coll.work import CHECK_POLLS, Operation, Watch, Work
 
-_CHECK_POLLS = 64  # idle polls between looks at the clock
 _GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
 _NAP_SECONDS = 5e-5
 # Raised before any data moved, on all ranks alike: the communicator can go on.
 _HARMLESS = (ArgumentError, MismatchError, ScheduleError, TopologyError)
 
 _busy: set[Engine] = set()  # dropped or not: peers wait for what is under way
-
-
-class Operation(Protocol):
-    """What the engine runs."""
-
-    name: str
-    phase: str  # what it is at, for messages: "agreeing on the call"
-
-    def quick(self) -> bool:
-        """Try to be done at once; if not, `run` goes on from there."""
-
-    def result(self) -> Any:
-        """After `quick` said that it is done."""
-
-    def run(self) -> Generator[bool, None, Any]:
-        """Yields whether progress was made since the last yield; returns the result."""
-
-    def pending(self) -> tuple[set[int], int | None]:
-        """Peers that are waited for, and the step (None where there are none)."""
 
 
 class Pollable(Protocol):
@@ -62,61 +43,11 @@ class Pollable(Protocol):
         """Bring what is under way to its end."""
 
 
-class Work:
-    """An operation under way. `wait()` gives its result; buffers belong to it until then."""
-
-    def __init__(self, engine: Engine, operation: Operation) -> None:
-        self._engine, self.operation = engine, operation
-        self.generator = operation.run()
-        self.done = False
-        self.watch = _Watch(engine, operation)
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-    def wait(self) -> Any:
-        """Wait until the collective is complete; the result that a blocking call would return.
-
-        Raises what the blocking call would raise, PeerTimeoutError included, each time it is called.
-        """
-        try:
-            self._engine.drive(lambda: self.done, self.operation)
-        except CollectiveError as error:
-            self.fail(error)
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def test(self) -> bool:
-        """Make progress; whether the collective is complete, with a result or an error that `wait` will raise."""
-        self._engine.nudge()
-        return self.done
-
-    def advance(self) -> bool:
-        """One poll; for the engine."""
-        try:
-            moved = next(self.generator)
-            if moved:
-                self.watch = _Watch(self._engine, self.operation)
-            return moved
-        except StopIteration as stop:
-            self._value = stop.value
-        except BaseException as error:
-            self._error, self.done = self._engine.judge(error, self.operation), True
-            if not isinstance(error, Exception):  # Ctrl-C is for whoever is waiting, not for this work alone
-                raise
-        self.done = True
-        return True
-
-    def fail(self, error: BaseException) -> None:
-        """End with an error; for the engine."""
-        self._error, self.done = error, True
-
-
 class Engine:
     """One communicator's operations, over one transport."""
 
     def __init__(self, transport: Transport, timeout: float) -> None:
-        self._transport, self.timeout = transport, timeout
+        self.transport, self.timeout = transport, timeout
         self.lock = threading.RLock()  # held by whoever drives
         self._wake = threading.Condition()
         self._queue: deque[Work] = deque()
@@ -134,7 +65,7 @@ class Engine:
                 self.check()
             if self._queue or self._streams:
                 return self.submit(operation).wait()
-            pause, idle, watch = self._transport.pause, 0, None
+            pause, idle, watch = self.transport.pause, 0, None
             try:
                 if operation.quick():
                     return operation.result()
@@ -145,9 +76,9 @@ class Engine:
                         continue
                     idle += 1
                     pause(idle)
-                    if idle % _CHECK_POLLS == 0:
-                        watch = watch or _Watch(self, operation)
-                        watch.look(restart=idle == _CHECK_POLLS)
+                    if idle % CHECK_POLLS == 0:
+                        watch = watch or Watch(self, operation)
+                        watch.look(restart=idle == CHECK_POLLS)
             except StopIteration as stop:
                 return stop.value
             except BaseException as error:
@@ -184,7 +115,7 @@ class Engine:
             self._waiters += 1
         try:
             with self.lock:
-                watch = _Watch(self, operation)
+                watch = Watch(self, operation)
                 while not until():
                     if self.broken:
                         raise CollectiveError(self.broken)
@@ -222,24 +153,24 @@ class Engine:
             return error
         self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier: {error!r}"
         lost = isinstance(error, PeerTimeoutError)
-        self._transport.abandon(operation, list(self._queue), list(self._streams), lost=lost)
+        self.transport.abandon(operation, list(self._queue), list(self._streams), lost=lost)
         for work in self._queue:
             if work.operation is not operation:
                 work.fail(CollectiveError(self.broken))
         if isinstance(error, (CollectiveError, MemoryError)) or not isinstance(error, Exception):
             return error
-        told = CollectiveError(f"{operation.name} failed in the {self._transport.name} transport: {error}")
+        told = CollectiveError(f"{operation.name} failed in the {self.transport.name} transport: {error}")
         told.__cause__ = error
         return told
 
     def timed_out(self, operation: Operation, waited: float) -> PeerTimeoutError:
         """Call the roll: ranks that wait too say so within the grace time, the silent ones are to blame."""
         peers, step = operation.pending()
-        told = self._transport.alarms()
-        self._transport.alarm()
-        everyone = set(range(self._transport.size)) - {self._transport.rank}
+        told = self.transport.alarms()
+        self.transport.alarm()
+        everyone = set(range(self.transport.size)) - {self.transport.rank}
         deadline = time.monotonic() + _GRACE_SECONDS
-        while (heard := self._transport.alarms()) != everyone and time.monotonic() < deadline:
+        while (heard := self.transport.alarms()) != everyone and time.monotonic() < deadline:
             time.sleep(1e-3)
         silent = sorted((everyone - heard) or peers or everyone)
         at = f"while {operation.phase}" if step is None else f"at step {step}"
@@ -265,7 +196,7 @@ class Engine:
     def abandon(self, why: str) -> None:
         """Give up what is under way."""
         self.broken = f"this communicator cannot be used any more: {why}"
-        self._transport.abandon(list(self._queue), list(self._streams))
+        self.transport.abandon(list(self._queue), list(self._streams))
 
     def close(self) -> bool:
         """Wait for what is under way, then stop the background thread; whether it was open."""
@@ -309,7 +240,7 @@ class Engine:
     # --- the background thread
 
     def _awake(self) -> None:
-        if not self._transport.background:
+        if not self.transport.background:
             return
         with self._wake:
             if self._thread is None:
@@ -368,28 +299,3 @@ def _background(target: weakref.ref[Engine], wake: threading.Condition) -> None:
         del engine
         if not moved:
             time.sleep(_NAP_SECONDS)
-
-
-class _Watch:
-    """Ends a wait without progress: by the timeout, or when a peer's alarm says that it has given up."""
-
-    def __init__(self, engine: Engine, operation: Operation) -> None:
-        self._engine, self.operation = engine, operation
-        self.idle = 0
-        self._since = 0.0
-
-    def wait(self) -> None:
-        """After a poll without progress."""
-        self.idle += 1
-        if self.idle % _CHECK_POLLS == 0:
-            self.look(restart=self.idle == _CHECK_POLLS)
-        self._engine._transport.pause(self.idle)
-
-    def look(self, restart: bool = False) -> None:
-        """Raise PeerTimeoutError if it is time."""
-        now = time.monotonic()
-        if restart or not self._since:
-            self._since = now
-        waited = now - self._since
-        if waited > self._engine.timeout or self._engine._transport.alarms():
-            raise self._engine.timed_out(self.operation, waited)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasp_coll.links import Node
 from tasp_coll.patterns import Rows
 from tasp_coll.schedule import Schedule
-from tasp_coll.topology import Node, Topology
+from tasp_coll.topology import Topology
 
 Direction = tuple[Node, Node]
 

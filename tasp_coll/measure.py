@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasp_coll.errors import ArgumentError, CollectiveError
-from tasp_coll.tuning import TUNED_COLLECTIVES, Choice, Chooser
+from tasp_coll.forecast import NATIVE, Choice
+from tasp_coll.schedule import ALGORITHMS
+from tasp_coll.tuning import TUNED_COLLECTIVES, Chooser
 
 if TYPE_CHECKING:
     from tasp_coll.communicator import Communicator
@@ -32,7 +34,7 @@ def measure(comm: Communicator, sizes: Sequence[int] | None, repeats: int) -> Ch
 
 def _fastest(comm: Communicator, collective: str, size: int, repeats: int) -> Choice:
     calls: dict[Choice, Callable[[], Any]] = {}
-    for algorithm in ("direct", "rings", "ring", "native"):
+    for algorithm in (*ALGORITHMS, NATIVE):
         call = _call(comm, collective, size, algorithm)
         try:
             call()  # plans, and warms up; what cannot run here is refused on all ranks alike

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tasp_coll.topology import Link, Node, Topology
+from tasp_coll.links import Link, Node
+from tasp_coll.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def nodes_of(topology: Topology) -> Nodes | None:
 
 
 def _fabrics(topology: Topology) -> Iterator[frozenset[str]]:
-    """Sets of switches that may join nodes: each one alone, then all with the slowest ports (one for each rail)."""
-    for switch in topology.switches:
-        yield frozenset((switch,))
+    """Sets of switches that may join nodes: all with the slowest ports (one for each rail), then each one alone."""
     slowest = min(link.GBps for link in topology.links)
     ports = [link for link in topology.links if link.GBps == slowest]
     yield frozenset(end for link in ports for end in (link.source, link.target) if isinstance(end, str))
+    for switch in topology.switches:
+        yield frozenset((switch,))
 
 
 def _split(topology: Topology, fabric: frozenset[str]) -> Nodes | None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
-from tasp_coll.arrays import Buffer
-from tasp_coll.core import Arena, Compiled, Core, max_rings
+from tasp_coll.arrays import Buffer, memory_at
+from tasp_coll.core import Arena, Compiled, Core
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
+from tasp_coll.forecast import Choice, choice_of, direct
+from tasp_coll.options import Call, Options
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
-from tasp_coll.tuning import Choice, direct
+from tasp_coll.tuning import rule
 
-ALGORITHMS = ("auto", "rings", "ring", "direct", "native")
-NoneType = type(None)
 _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
@@ -27,77 +25,6 @@ _READY = b"ready".ljust(16)
 _AGREEING, _MOVING = "agreeing on the call", "moving data"
 _QUICK_POLLS = 32
 Steps = Generator[bool, None, Any]
-
-
-class Options(NamedTuple):
-    """What a caller may ask for beside the arrays."""
-
-    algorithm: str | Schedule = "auto"
-    rings: int | None = None
-    op: str = "sum"
-    counts: Any = None
-    extra: str = ""  # of streams: what else must be the same on all ranks
-
-    def check_types(self, ranks: int) -> None:
-        """ArgumentTypeError for what cannot even be compared."""
-        if not isinstance(self.algorithm, (str, Schedule)):
-            raise ArgumentTypeError(f"algorithm must be a name or a Schedule, got {self.algorithm!r}")
-        if not isinstance(self.op, str):
-            raise ArgumentTypeError(f"op must be a name, got {self.op!r}")
-        if isinstance(self.rings, bool) or not hasattr(self.rings or 0, "__index__"):
-            raise ArgumentTypeError(f"rings must be an integer or None, got {self.rings!r}")
-        if not isinstance(self.counts, (tuple, NoneType)):
-            raise ArgumentTypeError(f"counts must be {ranks} integers >= 0, got {self.counts!r}")
-
-    def check(self, collective: str, core: Core) -> None:
-        """ArgumentError for what cannot be meant."""
-        if isinstance(self.algorithm, Schedule):
-            self._check_schedule(self.algorithm, collective, core)
-        elif self.algorithm not in ALGORITHMS:
-            raise ArgumentError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
-        if self.rings is None:
-            return
-        if self.algorithm not in ("auto", "rings"):
-            raise ArgumentError(
-                f"rings applies to algorithm 'rings' only, got rings={self.rings!r} with {self.algorithm!r}"
-            )
-        core.schedule(collective, Choice("rings", self.rings))
-
-    def _check_schedule(self, schedule: Schedule, collective: str, core: Core) -> None:
-        theirs, ours, rings = schedule.topology, core.topology, max_rings(core.size)
-        if schedule.collective != collective:
-            raise ArgumentError(
-                f"algorithm must be a schedule for {collective} on {ours.name!r}, got one for {schedule.collective} on "
-                f"{theirs.name!r}"
-            )
-        if theirs.fingerprint != ours.fingerprint:
-            raise ArgumentError(
-                f"algorithm must be a schedule on {ours.name!r} ({ours.fingerprint}), got one on {theirs.name!r} "
-                f"({theirs.fingerprint})"
-            )
-        if schedule.ring_count > rings:
-            raise ArgumentError(f"algorithm must number its rings below {rings}, got ring {schedule.ring_count - 1}")
-        core.proved(schedule)
-
-    @property
-    def label(self) -> str:
-        """The algorithm as ranks compare it."""
-        asked = self.algorithm
-        return f"schedule {asked.fingerprint}" if isinstance(asked, Schedule) else str(asked)
-
-
-@dataclass(frozen=True)
-class Call:
-    """What all ranks must agree on, and its signature."""
-
-    described: tuple[tuple[str, object], ...]
-    signature: bytes
-
-    @classmethod
-    def of(cls, **described: object) -> Call:
-        """From what a rank passed."""
-        pairs = tuple((key, value) for key, value in described.items() if value is not None)
-        return cls(pairs, hashlib.blake2b(repr(pairs).encode(), digest_size=16).digest())
 
 
 class Collective:
@@ -116,7 +43,7 @@ class Collective:
         self.out: Buffer | None = None
         self.given, self.held = recv, send
         self.chosen: Choice | None = None
-        self._greeting: tuple[bytes, int, int] | None = None
+        self._greeting: tuple[bytes, memoryview | bytes] | None = None
         self._small = self._posted = False
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
@@ -266,7 +193,7 @@ class Collective:
         return self.given if self.given is not None or self.out is None else arrays.result(self.out)
 
     def pending(self) -> tuple[set[int], int | None]:
-        """Who is waited for; see `engine.Operation`."""
+        """Who is waited for; see `work.Operation`."""
         if self.flow is not None and self.phase == _MOVING:
             return self.flow.pending()
         return self.core.rounds.pending(), None
@@ -282,12 +209,12 @@ class Collective:
         if self.error is not None or not rounds.same(self.call.signature):
             yield from self._explain()
 
-    def _greet(self) -> tuple[bytes, int, int]:
-        """The packed header, and address and length of the payload."""
+    def _greet(self) -> tuple[bytes, memoryview | bytes]:
+        """The packed header, and the payload."""
         if self._greeting is None:
             header = self.header()
-            payload = max(header.payload, 0)
-            self._greeting = header.packed(), self.send.address if payload else 0, payload
+            nbytes = max(header.payload, 0)
+            self._greeting = header.packed(), memory_at(self.send.address, nbytes).data if nbytes else b""
         return self._greeting
 
     def _explain(self) -> Steps:
@@ -301,8 +228,7 @@ class Collective:
         else:
             described |= dict(self.call.described)
         text = encode(described, rounds.capacity)
-        memory = ctypes.create_string_buffer(text, len(text))
-        rounds.post(Header(_EXPLAIN, len(text)).packed(), ctypes.addressof(memory), len(text))
+        rounds.post(Header(_EXPLAIN, len(text)).packed(), text)
         while not rounds.poll():
             yield False
         raise disagreement([rounds.text(rank) for rank in range(rounds.size)]) from self.error
@@ -321,16 +247,13 @@ class Collective:
         options, core = self.options, self.core
         if isinstance(options.algorithm, Schedule):
             return None
-        if options.rings is not None or options.algorithm in ("rings", "ring"):
-            return Choice("ring" if options.algorithm == "ring" else "rings", options.rings)
-        if options.algorithm == "direct":
-            return direct(self.collective, core.size)
-        if options.algorithm == "native":
-            return Choice("native")
+        size = max(self.sizes(), default=0)
+        if options.named is not None:
+            return choice_of(options.named, self.collective, core.size, size, options.rings)
         half = self.collective != "allgather" and self.send.dtype in _HALVES
-        chosen = core.chooser.choose(core.situation, self.collective, max(self.sizes(), default=0), half)
+        chosen = core.chooser.choose(core.situation, self.collective, size, half)
         if chosen.algorithm == "native" and not core.transport.has_native(self.native()):
-            return direct(self.collective, core.size)
+            return rule(replace(core.situation, native=False), self.collective, size, half, core.chooser.costs)
         return chosen
 
     def _compiled(self) -> Generator[bool, None, Compiled]:

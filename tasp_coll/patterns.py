@@ -35,7 +35,8 @@ class Pattern(Protocol):
         """One rank's sends and receives: rows (step, peer, origin, chunk, ring) in the order of steps."""
 
 
-def _rows(*columns: NDArray[np.int64] | int) -> Rows:
+def as_rows(*columns: NDArray[np.int64] | int) -> Rows:
+    """Columns, broadcast against each other, as rows."""
     return np.stack([column.ravel() for column in np.broadcast_arrays(*columns)], axis=1).astype(np.int64)
 
 
@@ -62,7 +63,7 @@ class RingPattern:
     def transfers(self, step: int) -> Rows:
         order = self.order
         ring = np.arange(len(order))[:, None]
-        return _rows(order, np.roll(order, -1, axis=1), np.roll(order, step, axis=1), ring, ring)
+        return as_rows(order, np.roll(order, -1, axis=1), np.roll(order, step, axis=1), ring, ring)
 
     def moves(self, rank: int) -> tuple[Rows, Rows]:
         k, n = self.order.shape
@@ -70,8 +71,8 @@ class RingPattern:
         at = self.position[:, rank][None, :]
         step = np.arange(n - 1)[:, None]
         here, before = (at - step) % n, (at - 1 - step) % n
-        sends = _rows(step, self.order[ring, (at + 1) % n], self.order[ring, here], ring, ring)
-        receives = _rows(step, self.order[ring, (at - 1) % n], self.order[ring, before], ring, ring)
+        sends = as_rows(step, self.order[ring, (at + 1) % n], self.order[ring, here], ring, ring)
+        receives = as_rows(step, self.order[ring, (at - 1) % n], self.order[ring, before], ring, ring)
         return sends, receives
 
 
@@ -93,7 +94,7 @@ class DirectPattern:
     def transfers(self, step: int) -> Rows:
         src = np.arange(self.ranks)[:, None]
         dst = (src + np.arange(1, self.ranks)[None, :]) % self.ranks
-        return _rows(src, dst, src, self._slice(step), 0)
+        return as_rows(src, dst, src, self._slice(step), 0)
 
     def _slice(self, step: int | Rows) -> int | Rows:
         return self.slices - 1 - step if self.descending else step
@@ -103,7 +104,7 @@ class DirectPattern:
         away = np.arange(1, self.ranks)[None, :]
         to, source = (rank + away) % self.ranks, (rank - away) % self.ranks
         part = self._slice(step)
-        return _rows(step, to, rank, part, 0), _rows(step, source, source, part, 0)
+        return as_rows(step, to, rank, part, 0), as_rows(step, source, source, part, 0)
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,12 @@ class AllToAllPattern:
     def transfers(self, step: int) -> Rows:
         src = np.arange(self.ranks)[:, None]
         dst = (src + np.arange(1, self.ranks)[None, :]) % self.ranks
-        return _rows(src, dst, src, dst, 0)
+        return as_rows(src, dst, src, dst, 0)
 
     def moves(self, rank: int) -> tuple[Rows, Rows]:
         away = np.arange(1, self.ranks) if self.ranks > 1 else np.arange(0)
         to, source = (rank + away) % self.ranks, (rank - away) % self.ranks
-        return _rows(0, to, rank, to, 0), _rows(0, source, source, rank, 0)
+        return as_rows(0, to, rank, to, 0), as_rows(0, source, source, rank, 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from itertools import permutations
 from typing import NamedTuple
 
 from tasp_coll.errors import ArgumentTypeError, TopologyError
-from tasp_coll.topology import Link, MeshLinks, Topology
+from tasp_coll.links import Link, MeshLinks
+from tasp_coll.topology import Topology
 
 # NVIDIA H100 Tensor Core GPU data sheet, SXM: NVLink 4 moves 900 GB/s, both ways together.
 H100_NVLINK = 450.0

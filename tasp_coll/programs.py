@@ -2,16 +2,16 @@
 
 Four programs: a gather straight into the result, a reduce-scatter through staging memory, and the two step-wise
 forms in which the caller consumes what arrives, or fills what leaves, one step at a time. A received chunk is sent on
-from where it lies. Staging is two chunks for each lane: one in use, one arriving.
+from where it lies. On rings staging is two chunks for each lane: one in use, one arriving.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from tasp_coll.executor import Builder, Node, Piece, Place, Program
 from tasp_coll.schedule import Schedule, cut
@@ -20,6 +20,7 @@ ALIGN = 64  # bytes: a cache line, and a multiple of every item size that can be
 WINDOW = 8  # receives posted ahead on a lane; more only lengthen MPI's queues
 
 Key = tuple[int, int]  # origin, chunk
+Move = tuple[int, bool, int, Key, int]  # step, send, peer, key, lane
 U = TypeVar("U")
 
 
@@ -52,8 +53,8 @@ class Cuts:
         return Place(region, self.starts[origin] + self.bounds[origin][chunk], self.nbytes(key))
 
 
-def moves(schedule: Schedule, rank: int, cuts: Cuts) -> list[tuple[int, bool, int, Key, int]]:
-    """The rank's messages that are not empty, in the order of steps: (step, send, peer, key, lane)."""
+def moves(schedule: Schedule, rank: int, cuts: Cuts) -> list[Move]:
+    """The rank's messages that are not empty, in the order of steps."""
     found = []
     sends, receives = schedule.pattern.moves(rank)
     for is_send, rows in ((False, receives), (True, sends)):  # what is expected when it comes need not be put aside
@@ -113,28 +114,33 @@ def gather_steps_program(schedule: Schedule, rank: int, rows: Sequence[int], row
     cuts = Cuts.of(schedule, rows, row_bytes, 1)
     builder = Builder()
     arrived: dict[Key, tuple[int, Place]] = {}
-    forwards: dict[Key, int] = {}
+    forwards: dict[Key, list[int]] = defaultdict(list)
     layout: list[list[Piece]] = [[] for _ in range(schedule.pattern.steps + 1)]
     for key in own_keys(schedule, rank, cuts):
         layout[0].append(piece(schedule, cuts, row_bytes, key, cuts.in_shard("send", key)))
     listed = moves(schedule, rank, cuts)
+    last = {key: step for step, is_send, _, key, _ in listed if is_send}
     slots: Slots[tuple[int, Key]] = Slots(
-        builder, [(p, lane, cuts.nbytes(key)) for _, send, p, key, lane in listed if not send], 2
+        builder,
+        (
+            Use(peer, lane, step, last.get(key, step), cuts.nbytes(key))
+            for step, is_send, peer, key, lane in listed
+            if not is_send
+        ),
     )
     for step, is_send, peer, key, lane in listed:
         if is_send:
             own = key[0] == rank
             place = cuts.in_shard("send", key) if own else arrived[key][1]
             node = builder.add(Node(step, peer, lane, True, place), () if own else (arrived[key][0],))
-            forwards[key] = node
+            forwards[key].append(node)
             continue
-        offset, before = slots.take(peer, lane, (step, key))
+        offset, before = slots.take(peer, lane, step, (step, key))
         place = Place("stage", offset, cuts.nbytes(key))
         after = []
         if before is not None:
             old_step, old_key = before
-            after = [builder.gate(("release", old_step), old_step)]
-            after += [forwards[old_key]] if old_key in forwards else []
+            after = [builder.gate(("release", old_step), old_step), *forwards[old_key]]
         arrived[key] = builder.add(Node(step, peer, lane, False, place), after), place
         builder.mark(("arrived", step), arrived[key][0])
         layout[step + 1].append(piece(schedule, cuts, row_bytes, key, place))
@@ -153,23 +159,45 @@ def piece(schedule: Schedule, cuts: Cuts, row_bytes: int, key: Key, place: Place
     return Piece(origin, chunk if schedule.rings else 0, start, stop, place)
 
 
+class Use(NamedTuple):
+    """A receive that is staged: from whom, on which lane, at which step; after step `last` nobody wants it."""
+
+    peer: int
+    lane: int
+    step: int
+    last: int
+    nbytes: int
+
+
 class Slots(Generic[U]):
-    """Staging for receives: `window` slots for each lane in turn, as large as its largest message; None: one each."""
+    """Staging for receives. Each lane has slots of its own, as few as do.
 
-    def __init__(self, builder: Builder, messages: Sequence[tuple[int, int, int]], window: int | None) -> None:
-        largest: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for peer, lane, nbytes in messages:
-            largest[peer, lane].append(nbytes)
-        self._offsets = {
-            lane: [builder.stage(max(sizes)) for _ in range(min(window or len(sizes), len(sizes)))]
-            for lane, sizes in largest.items()
-        }
-        self._users: dict[tuple[int, int], list[U]] = defaultdict(list)
+    A receive takes a slot over from one that is two or more steps older, so that one can arrive while the caller has
+    the other, and that is not wanted from its own step on. What waits for what then never goes back in steps, so that
+    nothing waits in a circle.
+    """
 
-    def take(self, peer: int, lane: int, user: U) -> tuple[int, U | None]:
-        """The next slot's offset for `user`, and who had it before."""
-        offsets, users = self._offsets[peer, lane], self._users[peer, lane]
-        users.append(user)
-        place = len(users) - 1
-        before = users[place - len(offsets)] if place >= len(offsets) else None
-        return offsets[place % len(offsets)], before
+    def __init__(self, builder: Builder, uses: Iterable[Use]) -> None:
+        lanes: dict[tuple[int, int], list[list[Use]]] = defaultdict(list)
+        for use in sorted(uses, key=lambda use: use.step):
+            slots = lanes[use.peer, use.lane]
+            idle = [slot for slot in slots if slot[-1].last < use.step and slot[-1].step <= use.step - 2]
+            slot = min(idle, key=lambda slot: slot[-1].step, default=None)
+            if slot is None:
+                slots.append([use])
+            else:
+                slot.append(use)
+        self._places: dict[tuple[int, int, int], tuple[int, int | None]] = {}
+        for (peer, lane), slots in lanes.items():
+            for slot in slots:
+                offset, before = builder.stage(max(use.nbytes for use in slot)), None
+                for use in slot:
+                    self._places[peer, lane, use.step] = offset, before
+                    before = use.step
+        self._users: dict[tuple[int, int, int], U] = {}
+
+    def take(self, peer: int, lane: int, step: int, user: U) -> tuple[int, U | None]:
+        """The offset of a receive's slot, and the `user` given for the receive that had it before."""
+        self._users[peer, lane, step] = user
+        offset, before = self._places[peer, lane, step]
+        return offset, None if before is None else self._users[peer, lane, before]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tasp_coll.executor import Action, Builder, Exchange, Node, Piece, Place, Program
-from tasp_coll.programs import ALIGN, Cuts, Key, Slots, moves, own_keys, piece
+from tasp_coll.programs import ALIGN, Cuts, Key, Move, Slots, Use, moves, own_keys, piece
 from tasp_coll.reduction import Reduction
 from tasp_coll.schedule import Schedule
 
@@ -105,22 +105,35 @@ class _ReduceCompiler:
     def _add_receives(self, targets: dict[Key, _Target]) -> list[tuple[int, int]]:
         """Add the receives, each with its slot; pairs (receive, the one that had its slot before)."""
         listed = moves(self.schedule, self.rank, self.cuts)
-        window = None if self.schedule.algorithm == "custom" else 2
-        sizes = [(peer, lane, self._wire(key)) for _, is_send, peer, key, lane in listed if not is_send]
-        slots: Slots[int] = Slots(self.builder, sizes, window)
+        slots: Slots[int] = Slots(self.builder, self._uses(listed))
         reuse = []
         for step, is_send, peer, key, lane in listed:
             if is_send:
                 targets[key].send = (step, peer, lane)
                 continue
             number = len(self.builder.nodes)
-            offset, before = slots.take(peer, lane, number)
+            offset, before = slots.take(peer, lane, step, number)
             place = Place("stage", offset, self._wire(key))
             self.builder.add(Node(step, peer, lane, False, place))
             targets[key].receives.append((number, place))
             if before is not None:
                 reuse.append((number, before))
         return reuse
+
+    def _uses(self, listed: Sequence[Move]) -> Iterator[Use]:
+        """How long each receive is wanted: the first of a sum, where that is added up, until the sum leaves.
+
+        The others too, since the caller may fill in the own contribution, which comes before them, only then.
+        """
+        leaves = {key: step for step, is_send, _, key, _ in listed if is_send}
+        begun: set[Key] = set()
+        for step, is_send, peer, key, lane in listed:
+            if is_send:
+                continue
+            owned_first = key not in begun and not self.direct
+            begun.add(key)
+            last = leaves.get(key, self.schedule.pattern.steps if owned_first else step)
+            yield Use(peer, lane, step, last, self._wire(key))
 
     def _add_target(self, key: Key, target: _Target) -> None:
         own = self.own(key)

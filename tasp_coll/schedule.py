@@ -19,9 +19,10 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from tasp_coll.decomposition import Ring, decompose
-from tasp_coll.errors import ArgumentError, ScheduleError
-from tasp_coll.hamilton import max_disjoint
+from tasp_coll.decomposition import decomposition_of
+from tasp_coll.errors import ArgumentError, ScheduleError, TopologyError
+from tasp_coll.hierarchical import OTHERS, HierarchicalPattern, capacity_share
+from tasp_coll.nodes import nodes_of
 from tasp_coll.patterns import (
     AllToAllPattern,
     ChainedPattern,
@@ -31,10 +32,13 @@ from tasp_coll.patterns import (
     ReversedPattern,
     RingPattern,
 )
+from tasp_coll.rings import Ring
 from tasp_coll.topology import Topology
 
 COLLECTIVES = ("allgather", "reduce_scatter", "allreduce", "all_to_all")
-ALGORITHMS = ("rings", "ring", "direct")
+ALGORITHMS = ("rings", "ring", "direct", "hierarchical")
+_SLICED = ("direct", "hierarchical")
+_SLICES = 8  # of a hierarchical plan: 1/8 of a shard's time on the first NIC before anything can overlap
 
 
 class Transfer(NamedTuple):
@@ -105,6 +109,8 @@ class Schedule:
     @property
     def ring_count(self) -> int:
         """One more than the highest number of a ring in its transfers."""
+        if self.algorithm == "hierarchical":
+            return OTHERS + 1
         if isinstance(self.pattern, ListedPattern):
             return 1 + max((int(rows[:, 4].max()) for rows in self.pattern.rows if len(rows)), default=0)
         return max(len(self.rings), 1)
@@ -170,7 +176,7 @@ class Schedule:
         steps: per step the transfers, `Transfer` or (src, dst, origin, chunk, ring). Chunks number 0 to k-1; their
         weights are equal unless `weights` says otherwise. For "allreduce" the steps begin with a reduce-scatter.
         In one step a ring carries at most one chunk from one rank to another: number the rings accordingly, from 0,
-        and below max(ranks, 10) if it is to run on a communicator.
+        and below max(2 * ranks, 10) if it is to run on a communicator.
 
         Raises ArgumentError for bad arguments and ScheduleError for a transfer that names no rank, or no chunk.
         The proof is a separate call, `verify()`; a communicator makes it before the first run.
@@ -233,10 +239,12 @@ def plan(
     """The schedule of `collective` by `algorithm` on `topology`. It is not yet proved: see `Schedule.verify`.
 
     topology: a Topology or a preset's name. collective: "allgather", "reduce_scatter", "allreduce" or "all_to_all"
-    (direct only). algorithm: "rings" (all link-disjoint rings, or `rings` of them), "ring" (one) or "direct" (the
+    (direct only). algorithm: "rings" (all link-disjoint rings, or `rings` of them), "ring" (one), "direct" (the
     sliced direct exchange: at step t every rank sends slice t of its own shard to every peer; `slices`, n-1 if left
-    out). counts: rows of each rank's shard where they differ, 0 allowed. reverse: an allgather in the opposite
-    direction round each ring, or with the slices in the opposite order; the mirror image of the reduce_scatter.
+    out) or "hierarchical" (several equal nodes, see `tasp_coll.hierarchical`; `slices`, 8 if left out). counts: rows
+    of each rank's shard where they differ, 0 allowed. reverse: an allgather in the opposite direction round each
+    ring, or with the slices in the opposite order; the mirror image of the reduce_scatter. Where links differ by
+    direction, so that rings cannot be turned round, both keep to the rings' own direction.
 
     Raises ArgumentError or TopologyError that names the argument, the rule and what came.
     """
@@ -247,15 +255,19 @@ def plan(
         raise ArgumentError(f"algorithm must be one of {', '.join(ALGORITHMS)} to be planned, got {algorithm!r}")
     if rings is not None and algorithm != "rings":
         raise ArgumentError(f"rings applies to algorithm 'rings' only, got rings={rings!r} with {algorithm!r}")
-    if slices is not None and (algorithm != "direct" or collective == "all_to_all"):
-        raise ArgumentError(f"slices applies to algorithm 'direct' only, got slices={slices!r} with {algorithm!r}")
-    if reverse and collective != "allgather":
-        raise ArgumentError(f"reverse applies to collective 'allgather' only, got {collective!r}")
+    if slices is not None and (algorithm not in _SLICED or collective == "all_to_all"):
+        raise ArgumentError(f"slices applies to {' and '.join(_SLICED)} only, got slices={slices!r} with {algorithm!r}")
+    if reverse and (collective != "allgather" or algorithm == "hierarchical"):
+        raise ArgumentError(
+            f"reverse applies to collective 'allgather' by rings or direct only, got {collective!r} by {algorithm!r}"
+        )
     rows = None if counts is None else _check_counts(counts, topology.ranks)
     if collective == "all_to_all":
         return _plan_all_to_all(topology, algorithm, rows)
     if algorithm == "direct":
         return _plan_direct(topology, collective, slices, rows, reverse)
+    if algorithm == "hierarchical":
+        return _plan_hierarchical(topology, collective, slices, rows)
     return _plan_rings(topology, collective, algorithm, 1 if algorithm == "ring" else rings, rows, reverse)
 
 
@@ -273,11 +285,11 @@ def _check_counts(counts: Sequence[int], ranks: int) -> tuple[int, ...]:
     return tuple(int(row) for row in rows)
 
 
-def _directed(pattern: Pattern, collective: str) -> Pattern:
-    """The collective's pattern from that of an allgather."""
+def _directed(pattern: Pattern, collective: str, backward: Pattern | None = None) -> Pattern:
+    """The collective's pattern from that of an allgather; `backward`: another to turn round for a reduction."""
     if collective == "allgather":
         return pattern
-    back = ReversedPattern(pattern)
+    back = ReversedPattern(pattern if backward is None else backward)
     return back if collective == "reduce_scatter" else ChainedPattern(back, pattern)
 
 
@@ -289,41 +301,50 @@ def _plan_rings(
     counts: tuple[int, ...] | None,
     reverse: bool,
 ) -> Schedule:
-    rings = decompose(topology, count)
-    if reverse:
-        rings = tuple(ring.reversed() for ring in rings)
-    pattern = RingPattern(tuple(ring.ranks for ring in rings))
+    found = decomposition_of(topology, count)
+    rings = tuple(ring.reversed() for ring in found.backward) if reverse else found.rings
+    pattern = _ring_pattern(rings)
+    back = pattern if found.reversible else _ring_pattern(found.backward)
     weights = tuple(ring.weight for ring in rings)
-    return Schedule(
-        topology,
-        collective,
-        algorithm,
-        _directed(pattern, collective),
-        weights,
-        rings,
-        counts,
-        _ring_share(topology, len(rings)),
-    )
+    directed = _directed(pattern, collective, back)
+    return Schedule(topology, collective, algorithm, directed, weights, rings, counts, found.share)
 
 
-def _ring_share(topology: Topology, rings: int) -> Fraction:
-    """What the decomposition promises of every link in a step: its rings, at their widths, and no more."""
-    if topology.is_single_switch:
-        return Fraction(1)  # every ring passes every port
-    return Fraction(1 if rings <= max(max_disjoint(topology.ranks), 1) else 2, rings)
+def _ring_pattern(rings: Sequence[Ring]) -> RingPattern:
+    return RingPattern(tuple(ring.ranks for ring in rings))
 
 
 def _plan_direct(
     topology: Topology, collective: str, slices: int | None, counts: tuple[int, ...] | None, reverse: bool
 ) -> Schedule:
     n = topology.ranks
-    if slices is None:
-        slices = max(n - 1, 1)
-    if not isinstance(slices, int) or isinstance(slices, bool) or slices < 1:
-        raise ArgumentError(f"slices must be an integer >= 1, got {slices!r}")
+    slices = _check_slices(slices, max(n - 1, 1))
     pattern = _directed(DirectPattern(n, slices, reverse), collective)
     share = _direct_share(topology, Fraction(1, slices))
     return Schedule(topology, collective, "direct", pattern, uniform_weights(slices), (), counts, share)
+
+
+def _plan_hierarchical(
+    topology: Topology, collective: str, slices: int | None, counts: tuple[int, ...] | None
+) -> Schedule:
+    nodes = nodes_of(topology)
+    if nodes is None:
+        raise TopologyError(
+            f"algorithm 'hierarchical' needs two or more equal nodes, each a full mesh or a switch of equal links, and "
+            f"an equal NIC for every rank; topology {topology.name!r} is not of that form"
+        )
+    slices = _check_slices(slices, _SLICES)
+    pattern = _directed(HierarchicalPattern(nodes.groups, slices), collective)
+    share = capacity_share(nodes, slices)
+    return Schedule(topology, collective, "hierarchical", pattern, uniform_weights(slices), (), counts, share)
+
+
+def _check_slices(slices: int | None, default: int) -> int:
+    if slices is None:
+        return default
+    if not isinstance(slices, int) or isinstance(slices, bool) or slices < 1:
+        raise ArgumentError(f"slices must be an integer >= 1, got {slices!r}")
+    return slices
 
 
 def _plan_all_to_all(topology: Topology, algorithm: str, counts: tuple[int, ...] | None) -> Schedule:

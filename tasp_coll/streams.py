@@ -15,12 +15,14 @@ from tasp_coll.agreement import Header
 from tasp_coll.core import SLOTS, Arena, Compiled, Core, Shape
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.executor import Flow, Piece, Program
-from tasp_coll.operations import Call, Collective, Options, Steps
+from tasp_coll.forecast import Choice, choice_of
+from tasp_coll.operations import Collective, Steps
+from tasp_coll.options import Call, Options
 from tasp_coll.programs import gather_steps_program
 from tasp_coll.reduce_programs import reduce_steps_program
 from tasp_coll.reduction import reduction
 from tasp_coll.schedule import Schedule
-from tasp_coll.tuning import Choice
+from tasp_coll.tuning import stepwise
 
 _ALL_SLOTS = (1 << SLOTS) - 2  # slot 0 is for calls
 
@@ -61,15 +63,20 @@ class _Open(Collective):
         )
 
     def prepare(self, recv: Any) -> None:
-        if self.options.algorithm == "native" or isinstance(self.options.algorithm, Schedule):
+        if self.options.algorithm not in self.algorithms():
             raise ArgumentError(
-                f"algorithm must be auto, rings, ring or direct to go step by step, got {self.options.label!r}"
+                f"algorithm must be one of {', '.join(self.algorithms())} to go step by step"
+                f"{' in reverse' if self.options.extra else ''}, got {self.options.label!r}"
             )
         if not self.send.shape:
             raise ArgumentError("an axis 0 is needed to go by rows, got a 0-d array")
         self._shape = Shape.of(self.send.shape)
         self.row_elements = self._shape.row_elements
         self.rows: tuple[int, ...] = ()
+
+    def algorithms(self) -> tuple[str, ...]:
+        """Those that can go step by step. Only rings and slices have a mirror image in step with them."""
+        return ("auto", "rings", "ring", "direct")
 
     def header(self) -> Header:
         if self.error is not None:
@@ -97,14 +104,11 @@ class _Open(Collective):
         return compiled
 
     def _choose(self) -> Choice:
-        options = self.options
-        if options.algorithm == "direct":
-            return Choice("direct")
-        topology, free = self.core.topology, options.algorithm == "auto" and options.rings is None
-        if free and not (topology.is_full_mesh or topology.is_single_switch):
-            return Choice("direct")
-        one = options.algorithm == "ring" or (free and topology.is_single_switch)
-        return Choice("ring") if one else Choice("rings", options.rings)
+        options, core = self.options, self.core
+        name = options.named or stepwise(core.topology, self.algorithms())
+        if name == "direct":
+            return Choice(name)  # a slice from every peer at each step
+        return choice_of(name, self.collective, core.size, max(self.sizes(), default=0), options.rings)
 
     def arena(self) -> Arena:
         return Arena()
@@ -121,12 +125,16 @@ class OpenGather(_Open):
 
     collective, name = "allgather", "allgather_steps"
 
+    def algorithms(self) -> tuple[str, ...]:
+        return super().algorithms() if self.options.extra else (*super().algorithms(), "hierarchical")
+
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
         row_bytes = self.row_elements * self.send.itemsize
         return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes),)
 
     def _schedule(self) -> Schedule:
-        return self.core.schedule(self.collective, self._choose(), reverse=bool(self.options.extra))
+        assert self.chosen is not None
+        return self.core.schedule(self.collective, self.chosen, reverse=bool(self.options.extra))
 
 
 class OpenReduce(_Open):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tasp_coll.errors import TopologyError
-from tasp_coll.topology import Link, LinkError, Node, Topology, order
+from tasp_coll.links import Link, LinkError, Node, order
+from tasp_coll.topology import Topology
 
 
 def read(path: Path) -> Topology:

@@ -6,25 +6,20 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tasp_coll.decomposition import ring_neighbours
 from tasp_coll.errors import ArgumentError, TopologyError
+from tasp_coll.forecast import NATIVE, Case, Choice, choose, direct
+from tasp_coll.hierarchical import MOST_SLICES
+from tasp_coll.schedule import ALGORITHMS, plan
+from tasp_coll.simulate import LINKS_ALONE, Costs
 from tasp_coll.topology import Topology
 
 TUNED_COLLECTIVES = ("allgather", "reduce_scatter", "allreduce")
-_LARGE = 1 << 16  # bytes of a shard from which links, not latencies, decide
 _VERSION = 1
-
-
-class Choice(NamedTuple):
-    """An algorithm and its parameters."""
-
-    algorithm: str
-    rings: int | None = None
-    slices: int | None = None
+_STEPWISE = 1 << 30  # bytes of a shard: so large that links decide alone
 
 
 @dataclass(frozen=True)
@@ -37,46 +32,51 @@ class Situation:
     native: bool  # has the transport collectives of its own
 
 
-def direct(collective: str, ranks: int) -> Choice:
-    """The direct exchange: whole shards, but slices where sums are staged, so that memory stays at two shards."""
-    return Choice("direct", None, 1 if collective == "allgather" else max(ranks - 1, 1))
-
-
-def rule(situation: Situation, collective: str, shard_bytes: int, half: bool) -> Choice:
+def rule(situation: Situation, collective: str, shard_bytes: int, half: bool, costs: Costs) -> Choice:
     """The built-in rule. half: a dtype whose sums travel in float32, which only the direct exchange avoids.
 
-    On one switch a single ring is optimal. On a full mesh whose links someone has described rings use all of them.
-    Where nothing is known of the links, or where there are none, as in shared memory, the MPI library's own collective
-    is the one to take; small shards travel with the agreement, whatever this says.
+    On a topology that someone has described the model says what is fastest. Where nothing is known of the links, or
+    where there are none, as in shared memory, the MPI library's own collective is the one to take; small shards travel
+    with the agreement, whatever this says.
     """
-    ranks, topology = situation.topology.ranks, situation.topology
-    plain = direct(collective, ranks)
+    topology, native = situation.topology, situation.native and not half
     if not situation.given:
-        return Choice("native") if situation.native and not half else plain
-    if shard_bytes < _LARGE or half or ranks < 3:
-        return plain
-    if topology.is_single_switch:
-        return Choice("ring")
-    return Choice("rings") if topology.is_full_mesh else plain
+        return Choice(NATIVE) if native else direct(collective, topology.ranks)
+    algorithms = (*ALGORITHMS, NATIVE) if native else ALGORITHMS
+    return choose(Case(topology, collective, shard_bytes, algorithms, half, costs))
+
+
+def stepwise(topology: Topology, algorithms: tuple[str, ...]) -> str:
+    """The algorithm of collectives that go step by step: the best for the links, whatever the size and the direction.
+
+    So an allgather in reverse and the reduce_scatter that is its mirror image agree on their steps, though their
+    dtypes and sizes may differ.
+    """
+    known = tuple(name for name in algorithms if name in ALGORITHMS)
+    return choose(Case(topology, "allgather", _STEPWISE, known)).algorithm
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """A measured table, the same on all ranks: per collective the shard sizes and the choice up to each of them."""
+    """A measured table, the same on all ranks: per collective the shard sizes and the choice up to each of them.
+
+    costs: what the model reckons with where nothing was measured.
+    """
 
     table: tuple[tuple[str, int, Choice], ...] = ()
+    costs: Costs = LINKS_ALONE
 
     def choose(self, situation: Situation, collective: str, shard_bytes: int, half: bool) -> Choice:
         """The measured choice for the nearest size not smaller, else the rule's."""
         rows = [row for row in self.table if row[0] == collective]
         if half or not rows:
-            return rule(situation, collective, shard_bytes, half)
+            return rule(situation, collective, shard_bytes, half, self.costs)
         return next((choice for _, size, choice in rows if shard_bytes <= size), rows[-1][2])
 
     def dump(self) -> str:
         """As text."""
         rows = [[collective, size, *choice] for collective, size, choice in self.table]
-        return json.dumps({"version": _VERSION, "table": rows})
+        return json.dumps({"version": _VERSION, "table": rows, "costs": asdict(self.costs)})
 
     @classmethod
     def load(cls, text: str) -> Chooser:
@@ -85,7 +85,7 @@ class Chooser:
             found = json.loads(text)
             if found["version"] != _VERSION:
                 raise ValueError(f"version {found['version']!r} is not {_VERSION}")
-            return cls(tuple(_row(row) for row in found["table"]))
+            return cls(tuple(_row(row) for row in found["table"]), Costs(**found.get("costs", {})))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArgumentError(f"the tuned table is not valid: {error}") from error
 
@@ -95,7 +95,7 @@ def _row(row: Sequence[object]) -> tuple[str, int, Choice]:
     numbers = (size, *(value for value in (rings, slices) if value is not None))
     if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in numbers):
         raise ValueError(f"numbers must be integers >= 0 in {row!r}")
-    if collective not in TUNED_COLLECTIVES or algorithm not in ("rings", "ring", "direct", "native"):
+    if collective not in TUNED_COLLECTIVES or algorithm not in (*ALGORITHMS, NATIVE):
         raise ValueError(f"unknown collective or algorithm in {row!r}")
     return str(collective), int(str(size)), Choice(str(algorithm), rings, slices)  # type: ignore[arg-type]
 
@@ -122,12 +122,12 @@ def read(path: Path, topology: Topology) -> Chooser:
 
 def _check_choice(choice: Choice, topology: Topology) -> None:
     algorithm, rings, slices = choice
-    if algorithm in ("rings", "ring"):
-        ring_neighbours(topology, 0, rings)
-    elif rings is not None:
-        raise ArgumentError(f"rings applies to algorithm 'rings' only, got {choice}")
-    if slices is not None and not (algorithm == "direct" and 1 <= slices <= max(topology.ranks - 1, 1)):
-        raise ArgumentError(f"slices applies to algorithm 'direct' only, up to one for each peer, got {choice}")
+    if slices is not None and not 1 <= slices <= max(topology.ranks - 1, MOST_SLICES):
+        raise ArgumentError(f"slices must be at least 1 and few, got {choice}")
+    if algorithm in ("rings", "ring") and slices is None:
+        ring_neighbours(topology, 0, rings)  # makes fewer rings than a plan would
+    elif algorithm != NATIVE or (rings, slices) != (None, None):
+        plan(topology, "allgather", algorithm, rings, slices=slices)
 
 
 def write(path: Path, chooser: Chooser) -> None:

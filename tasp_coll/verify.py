@@ -6,7 +6,8 @@ its capacity share in a step; the sends of one rank and the receives of its peer
 
 Two ways lead there. *Replay* follows every chunk of every shard through every step, as msccl-tools do, vectorised
 over the transfers of a step. *Structure* uses that the pattern is a rule: rings that are Hamiltonian cycles and turn
-at one place a step deliver every chunk to every rank, so that checking the cycles and their links is enough.
+at one place a step deliver every chunk to every rank, so that checking the cycles and their links is enough; where
+all ranks do the same, each relative to its own place, one stands for all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from tasp_coll.errors import ArgumentError, ScheduleError
 from tasp_coll.hamilton import is_hamiltonian_cycle
+from tasp_coll.hierarchical import HierarchicalPattern
 from tasp_coll.loads import chunk_units, step_load, user_of
 from tasp_coll.patterns import (
     AllToAllPattern,
@@ -210,6 +212,8 @@ def _by_structure(schedule: Schedule) -> None:
             _check_rings(schedule, pattern)
         elif isinstance(pattern, (DirectPattern, AllToAllPattern)):
             _check_direct(schedule, pattern)
+        elif isinstance(pattern, HierarchicalPattern):
+            _check_hierarchical(schedule, pattern)
         else:
             raise ScheduleError("a schedule of listed steps has no structure to argue from: use method='replay'")
 
@@ -250,3 +254,28 @@ def _check_direct(schedule: Schedule, pattern: DirectPattern | AllToAllPattern) 
     if pattern.steps:
         rows = pattern.transfers(0)
         _check_capacity(schedule, 0, rows, units[rows[:, 3]], unit)
+
+
+def _check_hierarchical(schedule: Schedule, pattern: HierarchicalPattern) -> None:
+    """What ranks send differs by a rotation of nodes and of places in them, so the first rank stands for all."""
+    if not np.array_equal(np.sort(pattern.grid, axis=None), np.arange(schedule.ranks)):
+        raise ScheduleError(f"the nodes must hold each of {schedule.ranks} ranks once, they are {pattern.groups}")
+    if pattern.slices != schedule.chunks:
+        raise ScheduleError(f"{pattern.slices} slices move in {schedule.chunks} chunks: one for each is needed")
+    rank = int(pattern.grid[0, 0])
+    sends, receives = pattern.moves(rank)
+    here = np.full((schedule.ranks, schedule.chunks), pattern.steps)
+    here[rank] = -1
+    here[receives[:, 2], receives[:, 3]] = receives[:, 0]
+    if len(receives) != (schedule.ranks - 1) * schedule.chunks or (here == pattern.steps).any():
+        raise ScheduleError(f"rank {rank} does not receive every chunk once", rank=rank)
+    early = np.flatnonzero(here[sends[:, 2], sends[:, 3]] >= sends[:, 0])
+    twice = _first_repeat(sends[:, [0, 1, 4]])
+    if len(early) or twice is not None:
+        step, peer, origin, chunk, ring = sends[early[0] if len(early) else twice].tolist()
+        rule = "sent before it was received" if len(early) else "a ring carries more than one chunk over one link"
+        raise _fault(schedule, step, np.array([rank, peer, origin, chunk, ring]), rule)
+    unit, units = chunk_units(schedule)
+    for step in pattern.kinds_of_steps():
+        rows = pattern.transfers(step)
+        _check_capacity(schedule, step, rows, units[rows[:, 3]], unit)

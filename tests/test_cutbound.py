@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasp_coll.cutbound import allgather_bound_shares
-from tasp_coll.topology import Link, Node, Topology
+from tasp_coll.links import Link, Node
+from tasp_coll.topology import Topology
 
 NIC = 50  # GB/s, the unit of the table's multi-node rows
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasp_coll import decomposition, hamilton
-from tasp_coll.decomposition import Ring, check_decomposition, decompose, ring_neighbours
+from tasp_coll.decomposition import check_decomposition, decompose, ring_neighbours
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError, TopologyError
+from tasp_coll.rings import Ring
 from tasp_coll.topology import Topology
 
 LARGEST = {1: 1, 2: 1, 4: 6, 6: 10}  # rings, where that is not n-1
@@ -117,17 +118,15 @@ def test_wrong_rank(rank: Any) -> None:
         ring_neighbours(mesh(8), rank)
 
 
-@pytest.mark.parametrize("spec", ["torus:4x4", "hypercube:3", "dgx_h100:2"])
+@pytest.mark.parametrize("spec", ["torus:4x4", "hypercube:3"])
 def test_other_topologies_are_refused_by_name(spec: str) -> None:
     topology = Topology.preset(spec)
-    rings = decompose(mesh(topology.ranks))
     for call in (
         lambda: decompose(topology),
         lambda: decompose(topology, 1),
         lambda: ring_neighbours(topology, 0),
-        lambda: check_decomposition(topology, rings),
     ):
-        with pytest.raises(TopologyError, match=rf"'{spec}': only full meshes .* and single switches"):
+        with pytest.raises(TopologyError, match=rf"'{spec}': only full meshes .* single switches"):
             call()
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loopback_ranks import on_ranks
 from own_schedules import trees
-from tasp_coll import ArgumentError, Communicator, decompose, plan
+from tasp_coll import ArgumentError, Communicator, Link, Topology, decompose, plan
 from tasp_coll.core import SLOTS
 from tasp_coll.executor import Exchange, Flow
 from tasp_coll.reduce_programs import reduce_program
@@ -299,6 +299,8 @@ def test_halves_are_summed_in_float32(n: int, algorithm: str) -> None:
 
 
 def test_auto_takes_rings_where_links_are_known() -> None:
+    """Links so slow that software does not matter."""
+
     def body(comm: Communicator) -> tuple[str, ...]:
         found = []
         for rows in (10, 100_000):
@@ -307,9 +309,23 @@ def test_auto_takes_rings_where_links_are_known() -> None:
             found.append(comm.last_choice.algorithm)
         return tuple(found)
 
-    assert on_ranks(5, body, topology="full_mesh:5") == [("direct", "rings")] * 5
-    assert on_ranks(5, body, topology="nvswitch:5") == [("direct", "ring")] * 5
-    assert on_ranks(4, body, topology="hypercube:2") == [("direct", "direct")] * 4
+    def chosen(spec: str) -> list[tuple[str, ...]]:
+        fast = Topology.preset(spec)
+        links = [Link(link.source, link.target, link.GBps / 1e6) for link in fast.links]
+        return on_ranks(fast.ranks, body, topology=Topology(spec, fast.ranks, fast.switches, tuple(links)))
+
+    assert chosen("full_mesh:5") == [("direct", "rings")] * 5
+    assert chosen("nvswitch:5") == [("direct", "ring")] * 5
+    assert chosen("cluster:2x2") == [("direct", "hierarchical")] * 4
+
+
+def test_all_ranks_reckon_with_the_same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of rank 0, however many cores the others see."""
+    cores = iter(range(1, 100))
+    monkeypatch.setattr("os.cpu_count", lambda: next(cores))
+    found = on_ranks(4, lambda comm: comm._core.chooser.costs)
+    assert len(set(found)) == 1
+    assert found[0].message_us > 0
 
 
 def test_one_ranks_part_in_a_direct_reduction_of_very_many() -> None:

@@ -127,7 +127,7 @@ def test_every_link_carries_the_same_in_every_step(collective: str, algorithm: s
 
 
 def test_a_graph_without_rings_can_be_served_directly() -> None:
-    for spec in ("hypercube:3", "torus:3x3", "cluster:2x2"):
+    for spec in ("hypercube:3", "torus:3x3"):
         plan(spec, "allreduce", "direct").verify()
         plan(spec, "all_to_all", "direct").verify()
         with pytest.raises(TopologyError, match="decomposed"):
@@ -303,9 +303,12 @@ def test_bad_counts(counts: tuple[int, ...]) -> None:
         ({"rings": 4}, "rings must be an integer from 1 to 3"),
         ({"rings": 0}, "rings must be an integer from 1 to 3"),
         ({"rings": True}, "rings must be an integer"),
-        ({"slices": 2}, "slices applies to algorithm 'direct' only"),
+        ({"slices": 2}, "slices applies to direct and hierarchical only"),
         ({"algorithm": "direct", "slices": 0}, "slices must be an integer >= 1"),
-        ({"collective": "allreduce", "reverse": True}, "reverse applies to collective 'allgather' only"),
+        (
+            {"collective": "allreduce", "reverse": True},
+            "reverse applies to collective 'allgather' by rings or direct only",
+        ),
         ({"collective": "all_to_all"}, "algorithm must be 'direct'"),
         ({"collective": "all_to_all", "algorithm": "direct", "counts": (1,) * 5}, "counts does not apply"),
     ],

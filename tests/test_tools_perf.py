@@ -45,6 +45,7 @@ FIELDS = {
     "busbw_GBps",
     "wrong",
     "bound_GBps",
+    "predicted_us",
 }
 TINY = ["-n", "3", "-w", "1"]
 
@@ -297,12 +298,15 @@ def test_all_gather_beside_all_peers(mpirun: MpiRun, tmp_path: Path) -> None:
         assert record["rings"] == {"rings": 2, "ring": 1}.get(record["chosen"])
         assert record["chosen"] == record["algorithm"] or record["algorithm"] == "auto"
         assert (record["in_place"] is None) == (record["algorithm"] == "gloo")
+        assert (record["predicted_us"] is None) == (record["algorithm"] == "gloo")
+        least = (3 - 1) / 3 * record["size_bytes"] / (record["bound_GBps"] * 1e3)
+        assert record["predicted_us"] is None or record["predicted_us"] >= least
     assert [record["count"] for record in found["results"]][:: len(names)] == [1, 65536 // 12]
     assert (tmp_path / "busbw.png").read_bytes().startswith(b"\x89PNG")
     rows = [line.split() for line in printed.splitlines() if line and not line.startswith("#")]
     assert len(rows) == 2 * len(names)
-    assert {len(row) for row in rows} == {6 + 8 + 8 + 2}, "size .. algorithm, two sets of times, ratio, %bound"
-    assert {row[-2] for row in rows[:: len(names)]} == {"1.00"}
+    assert {len(row) for row in rows} == {6 + 8 + 8 + 3}, "size .. algorithm, two sets of times, ratio, model, %bound"
+    assert {row[-3] for row in rows[:: len(names)]} == {"1.00"}
 
 
 @pytest.mark.parametrize(
@@ -320,7 +324,7 @@ def test_small_runs(mpirun: MpiRun, tmp_path: Path, collective: Collective, rank
     found, printed = measured(mpirun, ranks, collective, [*sizes, *flags], tmp_path / "found.json")
     for record in found["results"]:
         check_record(record, ranks, collective.factor(ranks))
-        assert record["bound_GBps"] is None
+        assert record["bound_GBps"] is record["predicted_us"] is None
     left_out = "native is left out" in printed
     assert left_out == ("half" in flags), "MPI has no sums of half"
     assert not left_out or {record["algorithm"] for record in found["results"]} == {"rings", "ring", "direct"}
@@ -333,6 +337,12 @@ def test_without_a_check_nothing_is_said_of_wrong_elements(mpirun: MpiRun, tmp_p
     assert ended.returncode == 0, ended.stderr
     assert "N/A" in ended.stdout
     assert [record["wrong"] for record in json.loads(path.read_text())["results"]] == [None]
+
+
+def test_what_is_done_in_place_can_be_left_out(mpirun: MpiRun, tmp_path: Path) -> None:
+    flags = ["-b", "1K", "-e", "1K", "--algo", "ring,direct", "--out-of-place"]
+    found, _ = measured(mpirun, 2, AllGather(), flags, tmp_path / "found.json")
+    assert [record["in_place"] for record in found["results"]] == [None, None]
 
 
 def script_with(directory: Path, call: str) -> Path:

@@ -21,6 +21,7 @@ from plan_text import text_of
 from plan_view import json_of, view_of
 from tasp_coll import Link, Schedule, Topology, plan
 from tasp_coll.hamilton import is_hamiltonian_cycle
+from tasp_coll.simulate import predict
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -117,10 +118,13 @@ def check_loads(schedule: Schedule) -> None:
     assert found == expected
     assert facts["links"] == len(schedule.topology.links) == facts["idle_links"] + len(used)
     rate = schedule.topology.GBps
-    seconds = sum(max((float(s) / rate(u, v) for (u, v), s in step.items()), default=0) for step in steps)
-    assert facts["time_s"] == pytest.approx(seconds * MIB / 1e9)
+    busiest = max((float(total) / rate(*link) for link, (_, total) in expected.items()), default=0.0)
+    assert facts["time_s"] >= busiest * MIB / 1e9 * (1 - 1e-9)
+    assert facts["time_s"] == view.prediction.seconds == predict(schedule, MIB).seconds
+    if facts["busiest"] is not None and facts["time_s"] and schedule.collective != "allreduce":
+        assert facts["busiest"]["utilisation"] == pytest.approx(busiest * MIB / 1e9 / facts["time_s"])
     if view.bound is not None:
-        assert view.seconds >= view.bound * (1 - 1e-9)
+        assert view.prediction.seconds >= view.bound * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("argv", [("full_mesh:3",), ("full_mesh:4",), ("full_mesh:8", "--rings", 3), ("nvswitch:5",)])
@@ -236,12 +240,47 @@ def test_times_follow_the_shard_bytes(capsys: pytest.CaptureFixture[str]) -> Non
     text = shown(capsys, "full_mesh:4", "--shard-bytes", "1.5G")
     assert "shards of 1.5 GiB" in text
     assert re.findall(r"(?:plan|cut bound)  +([\d.]+) s", text) == ["1.611", "1.611"]
+    costly = shown(capsys, "full_mesh:4", "--shard-bytes", "1.5G", "--message-us", "1e4")
+    assert "the links and 10000 us at each end of a message" in costly
+    assert re.findall(r"(?:plan|cut bound)  +([\d.]+) s", costly)[0] > "1.611"
+
+
+@pytest.mark.parametrize(
+    "spec, collective, expected, best",
+    [
+        ("full_mesh:8", "allgather", {"ring": 7, "rings": 1, "direct": 1, "native": 7}, "rings"),
+        ("nvswitch:8", "allreduce", {"ring": 1, "rings": 1, "direct": 1, "native": 1}, "ring"),
+        ("cluster:2x4", "allgather", {"hierarchical": 1, "native": 7}, "hierarchical"),
+    ],
+)
+def test_all_algorithms_are_predicted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, spec: str, collective: str, expected: dict[str, int], best: str
+) -> None:
+    path = tmp_path / "plan.json"
+    argv = (spec, "--algorithm", "direct", "--collective", collective, "--shard-bytes", "64M", "--json", path)
+    table = shown(capsys, *argv).split("all algorithms")[1].splitlines()[2:]
+    (facts,) = json.loads(path.read_text())["results"]
+    told = {rival["algorithm"]: rival for rival in facts["rivals"]}
+    for name, ratio in expected.items():
+        assert told[name]["ratio"] == pytest.approx(ratio, rel=0.03)
+        assert told[name]["time_s"] == pytest.approx(told[name]["ratio"] * facts["bound_s"])
+        (line,) = [line for line in table if line.split()[:1] == [name]]
+        assert f" {told[name]['ratio']:.3f}" in line
+        assert line.endswith("<- auto") == (name == best)
+    assert [name for name, rival in told.items() if rival["auto"]] == [best]
+
+
+@pytest.mark.parametrize("argv", [("--counts", "4,0,7,1"), ("--collective", "all_to_all")])
+def test_no_others_are_predicted_where_the_model_cannot(capsys: pytest.CaptureFixture[str], argv: tuple[str]) -> None:
+    text = shown(capsys, "full_mesh:4", *argv)
+    assert "busiest" in text
+    assert "all algorithms" not in text
 
 
 def test_many_ranks_are_elided_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     short = shown(capsys, "full_mesh:40")
     assert not rings_in(short)  # none is told whole
-    assert len(short.splitlines()) < 60
+    assert len(short.splitlines()) < 70
     assert "35 more rings" in short
     assert "36 more steps" in short
     whole = shown(capsys, "full_mesh:40", "--all")
@@ -279,6 +318,7 @@ def test_a_plan_that_fails_its_proof(capsys: pytest.CaptureFixture[str], monkeyp
         (("full_mesh:4", "--counts", "1,2"), "4 integers"),
         (("full_mesh:4", "--counts", "1,2,x,4"), "integers with commas"),
         (("full_mesh:4", "--shard-bytes", "lots"), "number of bytes"),
+        (("full_mesh:4", "--message-us", "-1"), "must be a number >= 0, got '-1'"),
         (("full_mesh:4", "--plot", "plan.doc"), ".png"),
         (("full_mesh:4", "--json", "/no/such/folder/x.json"), "/no/such/folder/x.json"),
         (("full_mesh:4", "--colective", "allgather"), "--colective"),

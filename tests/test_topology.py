@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, TopologyError
+from tasp_coll.links import Link, MeshLinks, Node
 from tasp_coll.presets import KNOWN_SPECS
-from tasp_coll.topology import Link, MeshLinks, Node, Topology
+from tasp_coll.topology import Topology
 
 RING = (Link(0, 1, 1.0), Link(1, 2, 1.0), Link(2, 0, 1.0))
 SPECS = [

@@ -20,15 +20,18 @@ from tasp_coll import ArgumentError, CollectiveError, Schedule, ScheduleError, T
 
 Listed = list[list[Transfer]]
 T = TypeVar("T")
+COLLECTIVES = ("allgather", "reduce_scatter", "allreduce", "all_to_all")
 PLANS = [
     (f"{spec}:{n}", collective, algorithm)
     for spec, sizes in (("full_mesh", (2, 3, 4, 5, 6, 8)), ("nvswitch", (2, 3, 5)))
     for n in sizes
-    for collective in ("allgather", "reduce_scatter", "allreduce", "all_to_all")
+    for collective in COLLECTIVES
     for algorithm in ("rings", "ring", "direct")
     if collective != "all_to_all" or algorithm == "direct"
 ]
-every_plan = pytest.mark.parametrize("spec, collective, algorithm", PLANS)
+TREES = [(spec, c, "hierarchical") for spec in ("cluster:2x2", "cluster:3x2", "dgx_h100:2") for c in COLLECTIVES[:3]]
+every_plan = pytest.mark.parametrize("spec, collective, algorithm", PLANS + TREES)
+uniform_plan = pytest.mark.parametrize("spec, collective, algorithm", PLANS)  # all steps of a phase are alike
 
 
 @cache
@@ -125,7 +128,7 @@ def test_a_transfer_made_twice_is_refused(spec: str, collective: str, algorithm:
             refused(schedule, [*steps[: len(steps) // 2], [twice], *steps[len(steps) // 2 :]])
 
 
-@every_plan
+@uniform_plan
 def test_a_transfer_moved_to_an_earlier_step_is_refused(spec: str, collective: str, algorithm: str) -> None:
     """On rings it has not arrived by then; in a direct exchange its link is taken by another slice."""
     schedule = planned(spec, collective, algorithm)
@@ -196,7 +199,7 @@ def with_a_third_rank(schedule: Schedule, steps: Listed) -> Iterator[tuple[int, 
             yield step, index, old, rank
 
 
-@every_plan
+@uniform_plan
 def test_a_wrong_receiver_is_refused(spec: str, collective: str, algorithm: str) -> None:
     schedule = planned(spec, collective, algorithm)
     steps = listed(schedule)
@@ -209,7 +212,7 @@ def test_a_wrong_receiver_is_refused(spec: str, collective: str, algorithm: str)
             refused(schedule, mutant)
 
 
-@every_plan
+@uniform_plan
 def test_a_wrong_sender_is_refused(spec: str, collective: str, algorithm: str) -> None:
     schedule = planned(spec, collective, algorithm)
     steps = listed(schedule)
@@ -256,7 +259,7 @@ def same_effect_swapped(schedule: Schedule, s: int, a: Transfer, t: int, b: Tran
     return same_phase and (a.src, a.dst) == (b.src, b.dst)
 
 
-@every_plan
+@uniform_plan
 def test_two_transfers_exchanged_are_refused(spec: str, collective: str, algorithm: str) -> None:
     schedule = planned(spec, collective, algorithm)
     steps = listed(schedule)
@@ -269,7 +272,7 @@ def test_two_transfers_exchanged_are_refused(spec: str, collective: str, algorit
             refused(schedule, mutant)
 
 
-@every_plan
+@uniform_plan
 def test_two_steps_exchanged(spec: str, collective: str, algorithm: str) -> None:
     """Whole steps: only those of one phase of a direct exchange may change places."""
     schedule = planned(spec, collective, algorithm)
@@ -294,7 +297,7 @@ def test_half_the_capacity_is_refused(spec: str, collective: str, algorithm: str
     mutant = Schedule.from_steps(schedule.topology, collective, schedule.steps, capacity_share=half)
     with pytest.raises(ScheduleError, match=r"link .* -> .* carries") as caught:
         mutant.verify()
-    assert caught.value.step == 0
+    assert caught.value.step == 0 or algorithm == "hierarchical"  # whose first step carries less than others
 
 
 def test_a_slow_link_may_carry_less() -> None:

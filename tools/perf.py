@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import perf_data
 import perf_plot
 import tasp_coll
-from perf_algorithms import Algorithm, assemble, dismiss
+from perf_algorithms import Algorithm, Ran, assemble, dismiss
 from perf_collective import Collective, Extent, Unsupported
 from perf_measure import Bench, Trial
 from perf_options import Options, parse
 from perf_report import Result, Table, foot, write_json
 from tasp_coll.bootstrap import launched_ranks
+from tasp_coll.simulate import LINKS_ALONE, software_costs
 from tasp_coll.topology import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ def _run(collective: Collective, world: MPI.Intracomm, options: Options) -> int:
     report.begin(notes)
     results: list[Result] = []
     for number, extent in enumerate(bench.extents):
-        out, within = (bench.measure(number, in_place, algorithms) for in_place in (False, True))
-        fresh = _results(bench, extent, algorithms, out, within, report.bound(extent))
+        out = bench.measure(number, False, algorithms)
+        within = bench.measure(number, True, algorithms) if options.in_place else {}
+        fresh = _results(bench, extent, algorithms, out, within, report)
         report.rows(fresh)
         results += fresh
     report.end(results)
@@ -146,7 +148,7 @@ def _results(
     algorithms: Sequence[Algorithm],
     out: Mapping[int, Trial],
     within: Mapping[int, Trial],
-    bound: float | None,
+    report: _Report,
 ) -> list[Result]:
     """One size's, in the order of the algorithms."""
     results, factor = [], bench.collective.factor(bench.world.size)
@@ -154,8 +156,10 @@ def _results(
         trial, inner = out[position], within.get(position)
         pairs = zip(trial.timing.times_us, out[0].timing.times_us, strict=True)
         ratio = median(mine / first for mine, first in pairs)
-        how = (algorithm.name, trial.chosen, trial.rings, factor)
-        results.append(Result(extent, bench.dtype, *how, trial.timing, inner.timing if inner else None, ratio, bound))
+        how = (algorithm.name, trial.ran.chosen, trial.ran.rings, factor)
+        times = (trial.timing, inner.timing if inner else None, ratio)
+        known = (report.bound(extent), report.predicted_us(extent, algorithm, trial.ran))
+        results.append(Result(extent, bench.dtype, *how, *times, *known))
     return results
 
 
@@ -170,6 +174,7 @@ class _Report:
         self._topology = comm.topology if named else None
         self._table = Table(bench.collective.redop, self._options.statistics, named)
         self._bar: Any = None
+        self._costs = LINKS_ALONE
 
     def bound(self, extent: Extent) -> float | None:
         """busbw at the cut bound, if the user named a topology."""
@@ -179,9 +184,18 @@ class _Report:
         seconds = collective.bound_seconds(self._topology, extent.size_bytes)
         return extent.size_bytes / seconds / 1e9 * collective.factor(self._comm.size)
 
+    def predicted_us(self, extent: Extent, algorithm: Algorithm, ran: Ran) -> float | None:
+        """Microseconds by the cost model, if the user named a topology; on rank 0 alone."""
+        if self._topology is None or not self._speaks:
+            return None
+        case = self._bench.collective.case(self._topology, extent.size_bytes, self._bench.dtype, self._costs)
+        seconds = algorithm.predicted(case, ran)
+        return None if seconds is None else seconds * 1e6
+
     def begin(self, notes: Sequence[str]) -> None:
         """Head of the table."""
         hosts = Counter(self._bench.world.allgather(os.uname().nodename))
+        self._costs = software_costs(hosts[os.uname().nodename])
         if not self._speaks:
             return
         self._show_progress()

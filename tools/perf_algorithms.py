@@ -7,15 +7,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tasp_coll
 from perf_collective import Collective, Place, Unsupported
 from perf_options import Options
 from tasp_coll.bootstrap import timeout_seconds
+from tasp_coll.forecast import NATIVE, Case, Choice, call_seconds, forecast, ring_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+class Ran(NamedTuple):
+    """What a call was carried out by, on how many rings (None: not on rings), and tasp_coll's choice, if it was one."""
+
+    chosen: str
+    rings: int | None = None
+    choice: Choice | None = None
 
 
 class Algorithm(ABC):
@@ -28,9 +37,13 @@ class Algorithm(ABC):
     def bind(self, place: Place) -> Callable[[], Any] | None:
         """The call in this memory; None if it cannot be made in place. Unsupported if it cannot be made at all."""
 
-    def ran(self) -> tuple[str, int | None]:
-        """What the last call was carried out by, and on how many rings."""
-        return self.name, None
+    def ran(self) -> Ran:
+        """What the last call was carried out by."""
+        return Ran(self.name)
+
+    def predicted(self, case: Case, ran: Ran) -> float | None:
+        """Seconds of such a call by the cost model; None where it knows none."""
+        return None
 
 
 class Ours(Algorithm):
@@ -47,12 +60,13 @@ class Ours(Algorithm):
         send, recv = place.dtype.face(place.send), place.dtype.face(place.recv)
         return partial(self.collective.ours(self._comm), send, recv, **self._settings)
 
-    def ran(self) -> tuple[str, int | None]:
+    def ran(self) -> Ran:
         choice = self._comm.last_choice
         assert choice is not None  # it is for a schedule of the user's own only
-        if choice.algorithm == "rings":
-            return "rings", len(tasp_coll.decompose(self._comm.topology, choice.rings))
-        return choice.algorithm, 1 if choice.algorithm == "ring" else None
+        return Ran(choice.algorithm, ring_count(self._comm.topology, choice), choice)
+
+    def predicted(self, case: Case, ran: Ran) -> float | None:
+        return None if ran.choice is None else call_seconds(case, ran.choice, self.name)
 
 
 class Mpi4py(Algorithm):
@@ -64,6 +78,10 @@ class Mpi4py(Algorithm):
 
     def bind(self, place: Place) -> Callable[[], Any] | None:
         return self.collective.mpi4py(self._world, place)
+
+    def predicted(self, case: Case, ran: Ran) -> float | None:
+        prediction = forecast(case, Choice(NATIVE))
+        return None if prediction is None else prediction.seconds
 
 
 class Gloo(Algorithm):

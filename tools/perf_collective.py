@@ -11,6 +11,8 @@ import numpy as np
 
 from perf_data import Dtype, NDArray, Pattern, Source
 from tasp_coll import Link, Topology
+from tasp_coll.forecast import Case
+from tasp_coll.simulate import Costs
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -82,6 +84,11 @@ class Collective(ABC):
     @abstractmethod
     def gloo(self, distributed: Any, place: Place) -> Callable[[], Any] | None:
         """The call of torch.distributed; None and Unsupported as above."""
+
+    def case(self, topology: Topology, size_bytes: int, dtype: Dtype, costs: Costs) -> Case:
+        """What the cost model is asked."""
+        half = self.reduces and dtype.name in ("float16", "bfloat16")
+        return Case(topology, self.name, size_bytes // topology.ranks, half=half, costs=costs)
 
     def bound_seconds(self, topology: Topology, size_bytes: int) -> float:
         """The least time that the links allow: a reduce-scatter is an all-gather with every link turned round."""

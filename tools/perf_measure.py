@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import perf_data
-from perf_algorithms import Algorithm
+from perf_algorithms import Algorithm, Ran
 from perf_collective import Collective, Extent, Place
 from perf_data import Dtype, NDArray, Pattern
 from perf_options import Options
@@ -25,10 +25,9 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Trial:
-    """One algorithm at one size: what carried it out, on how many rings, and its times."""
+    """One algorithm at one size: what carried it out, and its times."""
 
-    chosen: str
-    rings: int | None
+    ran: Ran
     timing: Timing
 
 
@@ -50,8 +49,8 @@ class Bench:
         self._recv = np.zeros(max(extent.received for extent in self.extents), self.dtype.bits)
 
     def rounds(self) -> int:
-        """How often `progress` will be called if all sizes are measured in place too."""
-        return 2 * len(self.extents) * (self.options.warmup + self.options.iters)
+        """How often `progress` will be called, at most."""
+        return (1 + self.options.in_place) * len(self.extents) * (self.options.warmup + self.options.iters)
 
     def place(self, extent: Extent, in_place: bool) -> Place:
         """Memory for one size."""
@@ -75,7 +74,7 @@ class Bench:
             place.send.fill(0)  # sums of sums would grow until they overflow
         else:
             perf_data.fill(place.send, self._sent(number, 0))
-        ran: dict[int, tuple[str, int | None]] = {}
+        ran: dict[int, Ran] = {}
         for position, call in calls.items():
             self.once(call)
             ran[position] = algorithms[position].ran()
@@ -83,7 +82,7 @@ class Bench:
         trials: dict[int, Trial] = {}
         for (position, call), seen in zip(calls.items(), times, strict=True):
             wrong = self._check(number, place, call) if self.options.check else None
-            trials[position] = Trial(*ran[position], Timing(seen, wrong))
+            trials[position] = Trial(ran[position], Timing(seen, wrong))
         return trials
 
     def _time(self, calls: Sequence[Call]) -> list[tuple[float, ...]]:

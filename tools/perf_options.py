@@ -12,10 +12,11 @@ from typing import Any
 
 import perf_data
 from tasp_coll.presets import KNOWN_SPECS
+from tasp_coll.schedule import ALGORITHMS
 
-OURS = ("auto", "rings", "ring", "direct", "native")
+OURS = ("auto", *ALGORITHMS, "native")
 PEERS = ("mpi4py", "gloo")
-DEFAULT = ("rings", "ring", "direct", "native")
+DEFAULT = (*ALGORITHMS, "native")
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
 
@@ -34,6 +35,7 @@ class Options:
     dtype: str
     aggregate: int
     blocking: bool
+    in_place: bool
     statistics: bool
     json: Path | None
     plot: Path | None
@@ -79,6 +81,7 @@ def parse(tool: str, about: str | None, argv: Sequence[str] | None, *, quiet: bo
         dtype=given.datatype,
         aggregate=given.agg_iters,
         blocking=bool(given.blocking),
+        in_place=not given.out_of_place,
         statistics=given.statistics,
         json=given.json,
         plot=given.plot,
@@ -161,6 +164,9 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
         help="of the calls of -m: 0 starts all, then waits (default); 1 waits for each. With -m 1 they are the same",
     )
     group.add_argument(
+        "--out-of-place", action="store_true", help="leave out the calls in place: half the time, on slow links"
+    )
+    group.add_argument(
         "-c", "--check", type=int, choices=(0, 1), default=1, help="check every element of a result (default 1)"
     )
     group.add_argument(
@@ -221,6 +227,7 @@ algorithms
   rings    every shard is cut over all link-disjoint Hamiltonian rings of the topology; --rings K takes K of them
   ring     one ring
   direct   everyone sends to everyone
+  hierarchical   on several equal nodes: along rails from node to node, and from there inside the nodes
   native   the MPI library's own collective, called through tasp_coll
   auto     what tasp_coll takes if it is not told; the table shows which, as in auto:direct
   mpi4py   the MPI library's own collective, called through mpi4py alone: the bare blocking call
@@ -236,6 +243,7 @@ definitions, those of nccl-tests
   #wrong   elements that differ from what they must be, over all ranks; memory of results is spoilt before the check
   ratio    time over that of the first algorithm, out of place: median of the ratios within the iterations
   %bound    busbw over busbw at the cut bound, which no algorithm exceeds on such links; if a topology is named
+  model    time that the cost model predicts for the topology, with the agreement that begins every call
   p99      time that 99 % of the iterations do not exceed; variation: standard deviation over mean, in %
   in place: the input lies in the result (the result in the input, for reduce-scatter), at this rank's own part.
   One call before those of -w is never timed: it plans and connects.

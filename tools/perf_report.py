@@ -56,6 +56,7 @@ class Result:
     within: Timing | None
     ratio: float
     bound: float | None  # busbw
+    predicted_us: float | None
 
     def algbw(self, timing: Timing) -> float:
         """GB/s."""
@@ -92,6 +93,7 @@ class Result:
             "busbw_GBps": self.busbw(self.out),
             "wrong": self.wrong,
             "bound_GBps": self.bound,
+            "predicted_us": self.predicted_us,
         }
 
 
@@ -109,7 +111,7 @@ class Table:
         if self.statistics:
             times += [("min", "(us)", 8), ("max", "(us)", 8), ("p99", "(us)", 8), ("vari.", "(%)", 6)]
         left = [("size", "(B)", 10), ("count", "(elements)", 10), ("type", "", 8), ("redop", "", 5), ("root", "", 4)]
-        right = [("ratio", "", 6), *([("%bound", "", 6)] if self.bounded else [])]
+        right = [("ratio", "", 6), *([("model", "(us)", 8), ("%bound", "", 6)] if self.bounded else [])]
         columns = [*left, ("algorithm", "", -11), *times, *times, *right]
         span = sum(abs(width) + 1 for _, _, width in times)
         before = sum(abs(width) + 1 for _, _, width in columns[:6])
@@ -125,9 +127,10 @@ class Table:
         left = [str(extent.size_bytes), str(extent.count), result.dtype.nccl, self.redop, "-1"]
         right = [figure(result.ratio, 6)]
         if self.bounded:
+            right.append("-" if result.predicted_us is None else figure(result.predicted_us, 8))
             right.append(_percent(result.busbw(result.out), result.bound))
         out, within = self._times(result, result.out), self._times(result, result.within)
-        widths = [10, 10, 8, 5, 4, -11, *self._widths(), *self._widths(), *([6] * len(right))]
+        widths = [10, 10, 8, 5, 4, -11, *self._widths(), *self._widths(), *([6, 8, 6][: len(right)])]
         return " " + _line([*left, result.label, *out, *within, *right], widths)
 
     def _widths(self) -> list[int]:

@@ -12,7 +12,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Patch, Rectangle
 
-from tasp_coll.topology import Node, Topology
+from tasp_coll.links import Node
+from tasp_coll.topology import Topology
 
 if TYPE_CHECKING:
     from plan_view import View

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from plan_view import Move, View
 from tasp_coll import Topology
-from tasp_coll.topology import Node
+from tasp_coll.links import Node
 
 MANY_RANKS = 32  # above it rings are elided
 FEW_RINGS = 4  # of those that are then shown
@@ -20,7 +20,7 @@ MATRIX_RANKS = 8
 
 def text_of(view: View, everything: bool = False) -> str:
     """The report for people; `everything`: nothing is elided."""
-    parts = [_head(view), _rings(view, everything), _moves(view, everything), _loads(view), _times(view)]
+    parts = [_head(view), _rings(view, everything), _moves(view, everything), _loads(view), _times(view), _rivals(view)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -149,12 +149,35 @@ def _times(view: View) -> list[str]:
     if view.schedule.collective == "all_to_all":
         bound = "not known for all_to_all"
     whose = "the largest shard" if view.schedule.counts else "shards"
+    alone = f"and {view.costs.message_us:g} us at each end of a message" if view.costs.message_us else "alone"
+    link, used = view.prediction.link, view.prediction.utilisation
+    busiest = "none" if link is None else f"{link[0]} -> {link[1]}, busy for {100 * used:.3g}% of that"
     return [
-        f"time by bandwidth alone, for {whose} of {_bytes(view.shard_bytes)}",
-        f"  plan       {_seconds(view.seconds)}",
+        f"time by the links {alone}, for {whose} of {_bytes(view.shard_bytes)}",
+        f"  plan       {_seconds(view.prediction.seconds)}",
         f"  cut bound  {bound}",
-        f"  ratio      {'-' if view.ratio is None else f'{view.ratio:.3f}'}",
+        f"  ratio      {_ratio(view.ratio)}",
+        f"  busiest    {busiest}",
     ]
+
+
+def _rivals(view: View) -> list[str]:
+    if not view.rivals:
+        return []
+    lines = [
+        "all algorithms, predicted in the same way",
+        f"  {'':12}  {'rings':>5}  {'slices':>6}  {'time':>9}  {'ratio':>6}",
+    ]
+    for rival in view.rivals:
+        rings, slices = ("-" if number is None else number for number in (rival.rings, rival.choice.slices))
+        seconds, ratio = _seconds(rival.prediction.seconds), _ratio(view.over_bound(rival.prediction))
+        cells = f"{rival.choice.algorithm:12}  {rings:>5}  {slices:>6}  {seconds:>9}  {ratio:>6}"
+        lines.append(f"  {cells}{'  <- auto' if rival.auto else ''}")
+    return lines
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3f}"
 
 
 def _share(share: Fraction) -> str:

@@ -1,4 +1,4 @@
-"""The facts about a plan: its proof, what each link carries, the time that takes, and one rank's moves."""
+"""The facts about a plan: its proof, what each link carries, its time by the cost model, and one rank's moves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tasp_coll import ArgumentError, Link, Schedule, Topology, __version__
+from tasp_coll.forecast import Case, Choice, fastest, forecasts, ring_count
+from tasp_coll.links import Node, order
 from tasp_coll.loads import chunk_units, step_load
 from tasp_coll.patterns import Rows
-from tasp_coll.topology import Node, order
+from tasp_coll.simulate import LINKS_ALONE, Costs, Prediction, predict
 
 
 class Move(NamedTuple):
@@ -36,11 +38,19 @@ class LinkLoad(NamedTuple):
 
 @dataclass(frozen=True)
 class Loads:
-    """Loads in 1/unit of the largest shard of the links that carry any; `seconds_per_byte` of such a shard."""
+    """Loads in 1/unit of the largest shard, of the links that carry any."""
 
     unit: int
     links: tuple[LinkLoad, ...]
-    seconds_per_byte: float
+
+
+class Rival(NamedTuple):
+    """An algorithm that could do the same. rings: None where it uses none; auto: `auto` would take it."""
+
+    choice: Choice
+    rings: int | None
+    prediction: Prediction
+    auto: bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class View:
     """All that is told of a proved schedule: what the text, the JSON and the picture are made from.
 
     sends and receives stand side by side, step by step and ring by ring. reduce_steps: how many steps, the first
-    ones, move sums. bound: seconds, None where none is known.
+    ones, move sums. bound: seconds, None where none is known. rivals: none for shards that differ, and of all_to_all.
     """
 
     schedule: Schedule
@@ -59,9 +69,11 @@ class View:
     loads: Loads
     proof: str
     proof_seconds: float
-    shard_bytes: float
-    seconds: float
+    shard_bytes: int
+    costs: Costs
+    prediction: Prediction
     bound: float | None
+    rivals: tuple[Rival, ...]
 
     @property
     def topology(self) -> Topology:
@@ -74,7 +86,11 @@ class View:
     @property
     def ratio(self) -> float | None:
         """Time over bound, None where there is no bound to speak of."""
-        return self.seconds / self.bound if self.bound else None
+        return self.over_bound(self.prediction)
+
+    def over_bound(self, prediction: Prediction) -> float | None:
+        """A predicted time over the bound."""
+        return prediction.seconds / self.bound if self.bound else None
 
     @property
     def idle(self) -> int:
@@ -86,12 +102,11 @@ class View:
         return Fraction(amount, self.loads.unit)
 
 
-def view_of(schedule: Schedule, rank: int = 0, shard_bytes: float = 1 << 20) -> View:
+def view_of(schedule: Schedule, rank: int = 0, shard_bytes: int = 1 << 20, costs: Costs = LINKS_ALONE) -> View:
     """Prove a schedule made by `plan` and gather what is told of it. Raises ScheduleError if the proof fails."""
     if not 0 <= rank < schedule.ranks:
         raise ArgumentError(f"rank must be from 0 to {schedule.ranks - 1}, got {rank}")
     method, proof_seconds = prove(schedule)
-    loads = loads_of(schedule)
     sends, receives = map(_moves, schedule.pattern.moves(rank))
     return View(
         schedule=schedule,
@@ -99,13 +114,25 @@ def view_of(schedule: Schedule, rank: int = 0, shard_bytes: float = 1 << 20) -> 
         sends=sends,
         receives=receives,
         reduce_steps=_reduce_steps(schedule),
-        loads=loads,
+        loads=loads_of(schedule),
         proof=method,
         proof_seconds=proof_seconds,
         shard_bytes=shard_bytes,
-        seconds=loads.seconds_per_byte * shard_bytes,
+        costs=costs,
+        prediction=predict(schedule, shard_bytes, costs=costs),
         bound=_bound(schedule, shard_bytes),
+        rivals=_rivals(schedule, shard_bytes, costs),
     )
+
+
+def _rivals(schedule: Schedule, shard_bytes: int, costs: Costs) -> tuple[Rival, ...]:
+    """What the model says of all algorithms, for equal shards."""
+    if schedule.counts is not None or schedule.collective == "all_to_all" or schedule.ranks == 1:
+        return ()
+    case = Case(schedule.topology, schedule.collective, shard_bytes, costs=costs)
+    found = forecasts(case)
+    taken = fastest(found).choice if found else None
+    return tuple(Rival(choice, ring_count(case.topology, choice), said, choice == taken) for choice, said in found)
 
 
 def _moves(rows: Rows) -> tuple[Move, ...]:
@@ -122,14 +149,13 @@ def prove(schedule: Schedule) -> tuple[str, float]:
 
 
 def loads_of(schedule: Schedule) -> Loads:
-    """What each link carries, and the time that takes by bandwidth alone."""
+    """What each link carries."""
     topology = schedule.topology
     unit, units = chunk_units(schedule)
     sizes = np.array(schedule.counts or (1,) * schedule.ranks, dtype=np.int64)
     unit *= max(int(sizes.max()), 1)
     peak: dict[tuple[Node, Node], int] = {}
     total: dict[tuple[Node, Node], int] = {}
-    busiest = 0.0
     for step, repeats in _distinct_steps(schedule):
         rows = schedule.pattern.transfers(step)
         load = step_load(topology, rows, units[rows[:, 3]] * sizes[rows[:, 2]])
@@ -137,14 +163,8 @@ def loads_of(schedule: Schedule) -> Loads:
             if amount:
                 peak[link] = max(peak.get(link, 0), amount)
                 total[link] = total.get(link, 0) + repeats * amount
-        busiest += repeats * float((load.load / load.limits(1.0)).max(initial=0))
     links = sorted(total, key=lambda link: (order(link[0]), order(link[1])))
-    seconds = busiest / unit / (_highest_rate(topology) * 1e9) if links else 0.0
-    return Loads(unit, tuple(LinkLoad(*link, peak[link], total[link]) for link in links), seconds)
-
-
-def _highest_rate(topology: Topology) -> float:
-    return topology.links[0].GBps if topology.is_full_mesh else max(link.GBps for link in topology.links)
+    return Loads(unit, tuple(LinkLoad(*link, peak[link], total[link]) for link in links))
 
 
 def _distinct_steps(schedule: Schedule) -> list[tuple[int, int]]:
@@ -153,7 +173,7 @@ def _distinct_steps(schedule: Schedule) -> list[tuple[int, int]]:
     With equal shards a ring turns on the same links, and a slice goes to every peer, at each step of a phase.
     """
     steps, head = schedule.pattern.steps, _reduce_steps(schedule)
-    if schedule.counts is not None:
+    if schedule.counts is not None or schedule.algorithm == "hierarchical":
         return [(step, 1) for step in range(steps)]
     return [(first, repeats) for first, repeats in ((0, head), (head, steps - head)) if repeats]
 
@@ -185,6 +205,12 @@ def _turned(topology: Topology) -> Topology:
     return Topology(topology.name, topology.ranks, topology.switches, links)
 
 
+def _timed(view: View, prediction: Prediction) -> dict[str, Any]:
+    link, used = prediction.link, prediction.utilisation
+    busiest = None if link is None else {"from": link[0], "to": link[1], "utilisation": used}
+    return {"time_s": prediction.seconds, "ratio": view.over_bound(prediction), "busiest": busiest}
+
+
 def json_of(view: View) -> dict[str, Any]:
     """The facts for programs, as `show_plan.py --help` describes them."""
     schedule, topology = view.schedule, view.topology
@@ -206,9 +232,13 @@ def json_of(view: View) -> dict[str, Any]:
         "idle_links": view.idle,
         "proof": {"method": view.proof, "seconds": view.proof_seconds},
         "shard_bytes": view.shard_bytes,
-        "time_s": view.seconds,
+        "message_us": view.costs.message_us,
+        **_timed(view, view.prediction),
         "bound_s": view.bound,
-        "ratio": view.ratio,
+        "rivals": [
+            {**rival.choice._asdict(), "rings": rival.rings, "auto": rival.auto, **_timed(view, rival.prediction)}
+            for rival in view.rivals
+        ],
     }
     return {
         "tool": "show_plan",

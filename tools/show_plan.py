@@ -1,9 +1,10 @@
-"""Show what a collective does on a topology: rings, steps, link loads, proof, and time by bandwidth. Needs no MPI."""
+"""Show what a collective does on a topology: rings, steps, link loads, proof, and predicted times. Needs no MPI."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ from perf_options import size
 from plan_text import text_of
 from plan_view import View, json_of, view_of
 from tasp_coll import ArgumentError, ScheduleError, TopologyError, plan
+from tasp_coll.forecast import TIE
 from tasp_coll.presets import KNOWN_SPECS
 from tasp_coll.schedule import ALGORITHMS, COLLECTIVES
+from tasp_coll.simulate import BURST, MESSAGE_US, Costs
 from tasp_coll.topology import read_named
 
 EXAMPLES = f"""
@@ -33,9 +36,15 @@ presets:
 {KNOWN_SPECS}
 
 A load is the share of a shard that a link carries; with --counts, of the largest shard. "In a step" is the most that
-the link carries in any one step, "in all" the sum over the steps. The time counts bandwidth only: at each step the link
-that is busiest for its rate, added up. The cut bound is the least time that any schedule needs; of an allreduce it is
-that of a reduce_scatter, then an allgather. Of an all_to_all the shard is the n blocks that a rank sends.
+the link carries in any one step, "in all" the sum over the steps.
+
+Times are those of the cost model: a chunk is sent on when it has arrived, what is under way at the same time shares a
+link fairly, and a link has a rate and a latency (presets have none). Software is left out unless --message-us says what
+a rank spends on every message that it sends or receives; then links also take {100 * (BURST - 1):.0f} percent longer
+where everyone sends to everyone at once. On MPI, `auto` reckons with {MESSAGE_US:g} us, and more where ranks share a
+core; it takes the first algorithm of the table that is within {100 * TIE:g} percent of the fastest. The cut bound is
+the least time that any schedule needs; of an allreduce it is that of a reduce_scatter, then an allgather. Of an
+all_to_all the shard is the n blocks that a rank sends.
 
 --json writes {{"tool", "version", "world_size", "transport": null, "topology", "results": [{{...}}]}}; the result has
   collective, algorithm, steps, chunks, counts (null: equal)
@@ -44,7 +53,12 @@ that of a reduce_scatter, then an allgather. Of an all_to_all the shard is the n
   loads       [{{"from", "to", "step_max", "total"}}], links that carry something
   links, idle_links       numbers of links
   proof       {{"method": "replay" or "structure", "seconds"}}
-  shard_bytes, time_s, bound_s, ratio     bound_s and ratio are null where no bound is known
+  shard_bytes, message_us, bound_s        bound_s is null where no bound is known
+  time_s, ratio       the predicted time, and that over the bound (or null)
+  busiest     {{"from", "to", "utilisation"}} of the link that is busy for most of the time (of an allreduce, in its
+              longer phase)
+  rivals      [{{"algorithm", "rings", "slices", "auto", "time_s", "ratio", "busiest"}}], what else there is; empty with
+              --counts and for all_to_all
 Weights and loads are exact fractions in strings; times are unrounded.
 
 exit status: 0 the plan is proved, 1 it fails its proof, 2 it cannot be made as asked
@@ -66,6 +80,17 @@ def row_counts(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be integers with commas between, got {text!r}") from None
+
+
+def microseconds(text: str) -> float:
+    """A number >= 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number >= 0, got {text!r}")
+    return number
 
 
 def picture(text: str) -> Path:
@@ -92,10 +117,16 @@ def parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=0, metavar="R", help="whose steps are shown, default: %(default)s")
     add("--counts", type=row_counts, metavar="4,0,7,...", help="rows of each rank's shard, default: all equal")
     add("--shard-bytes", type=size, default="1M", metavar="SIZE", help="for the times, default: %(default)s")
+    add("--message-us", type=microseconds, default=0.0, metavar="US", help="of software, for the times, default: 0")
     add("--all", action="store_true", help="elide nothing")
     add("--json", type=Path, metavar="PATH", help="write the facts for programs too")
     add("--plot", type=picture, metavar="PATH", help="draw rings and steps (.png, .pdf, .svg); needs matplotlib")
     return command
+
+
+def costs_of(message_us: float) -> Costs:
+    """What the times reckon with beside the links."""
+    return Costs(message_us, burst=BURST if message_us else 1.0)
 
 
 def write(view: View, json_path: Path | None, picture_path: Path | None) -> Iterator[Path]:
@@ -119,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     algorithm = asked.algorithm or ("direct" if asked.collective == "all_to_all" else "rings")
     try:
         schedule = plan(read_named(asked.spec), asked.collective, algorithm, asked.rings, asked.counts)
-        view = view_of(schedule, asked.rank, asked.shard_bytes)
+        view = view_of(schedule, asked.rank, asked.shard_bytes, costs_of(asked.message_us))
         print(text_of(view, asked.all), flush=True)
         for path in write(view, asked.json, asked.plot):
             print(f"\nwritten: {path}")

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from tasp_coll import Topology
-from tasp_coll.topology import Node
+from tasp_coll.links import Node
 from vcluster_room import MissingError, Room, RoomError, python
 from vcluster_wiring import Wiring
 

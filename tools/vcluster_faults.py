@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tasp_coll import ArgumentError
-from tasp_coll.topology import Node
+from tasp_coll.links import Node
 from vcluster_registry import Cluster
 from vcluster_room import MissingError, Room, RoomError
 from vcluster_wiring import Port, Wiring

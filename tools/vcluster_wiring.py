@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from tasp_coll import ArgumentError, Link, Topology
-from tasp_coll.topology import Node, order
+from tasp_coll.links import Node, order
 
 RANK_DEVICE = "rank"  # carries a host's address; MPI is told to use it
 BRIDGE_DEVICE = "bridge"

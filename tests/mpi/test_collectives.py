@@ -405,3 +405,14 @@ def test_a_slow_caller_gets_the_same(comm: tasp_coll.Communicator) -> None:
             time.sleep(0.004 * ((arrival.step + comm.rank) % 3))
             for chunk in arrival.chunks:
                 assert np.array_equal(chunk.data, shard(chunk.source, 2_000)[chunk.start : chunk.stop])
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_over_several_nodes(comm: tasp_coll.Communicator, rows: int) -> None:
+    if comm.size not in (4, 8):
+        pytest.skip("two nodes need an even number of ranks, two or more in each")
+    with tasp_coll.Communicator(topology=f"cluster:2x{comm.size // 2}", timeout=40) as nodes:
+        test_allgather(nodes, "hierarchical", rows)
+        test_allgatherv(nodes, "hierarchical", rows)
+        test_reduce_scatter(nodes, "hierarchical", rows)
+        test_allreduce(nodes, "hierarchical", rows)

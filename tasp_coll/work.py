@@ -1,0 +1,125 @@
+"""An operation under way: what the engine runs, the handle that callers wait with, and the end of waiting in vain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from typing import Any, Protocol
+
+from tasp_coll.errors import CollectiveError, PeerTimeoutError
+from tasp_coll.transport import Transport
+
+CHECK_POLLS = 64  # idle polls between looks at the clock
+
+
+class Operation(Protocol):
+    """What the engine runs."""
+
+    name: str
+    phase: str  # what it is at, for messages: "agreeing on the call"
+
+    def quick(self) -> bool:
+        """Try to be done at once; if not, `run` goes on from there."""
+
+    def result(self) -> Any:
+        """After `quick` said that it is done."""
+
+    def run(self) -> Generator[bool, None, Any]:
+        """Yields whether progress was made since the last yield; returns the result."""
+
+    def pending(self) -> tuple[set[int], int | None]:
+        """Peers that are waited for, and the step (None where there are none)."""
+
+
+class Driver(Protocol):
+    """What works need of the engine."""
+
+    timeout: float
+    transport: Transport
+
+    def drive(self, until: Callable[[], bool], operation: Operation) -> None:
+        """Make progress until then."""
+
+    def nudge(self) -> None:
+        """One poll of everything."""
+
+    def judge(self, error: BaseException, operation: Operation) -> BaseException:
+        """What to raise for an error."""
+
+    def timed_out(self, operation: Operation, waited: float) -> PeerTimeoutError:
+        """The error for a wait that was in vain."""
+
+
+class Work:
+    """An operation under way. `wait()` gives its result; buffers belong to it until then."""
+
+    def __init__(self, engine: Driver, operation: Operation) -> None:
+        self._engine, self.operation = engine, operation
+        self.generator = operation.run()
+        self.done = False
+        self.watch = Watch(engine, operation)
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def wait(self) -> Any:
+        """Wait until the collective is complete; the result that a blocking call would return.
+
+        Raises what the blocking call would raise, PeerTimeoutError included, each time it is called.
+        """
+        try:
+            self._engine.drive(lambda: self.done, self.operation)
+        except CollectiveError as error:
+            self.fail(error)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def test(self) -> bool:
+        """Make progress; whether the collective is complete, with a result or an error that `wait` will raise."""
+        self._engine.nudge()
+        return self.done
+
+    def advance(self) -> bool:
+        """One poll; for the engine."""
+        try:
+            moved = next(self.generator)
+            if moved:
+                self.watch = Watch(self._engine, self.operation)
+            return moved
+        except StopIteration as stop:
+            self._value = stop.value
+        except BaseException as error:
+            self._error, self.done = self._engine.judge(error, self.operation), True
+            if not isinstance(error, Exception):  # Ctrl-C is for whoever is waiting, not for this work alone
+                raise
+        self.done = True
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error; for the engine."""
+        self._error, self.done = error, True
+
+
+class Watch:
+    """Ends a wait without progress: by the timeout, or when a peer's alarm says that it has given up."""
+
+    def __init__(self, engine: Driver, operation: Operation) -> None:
+        self._engine, self.operation = engine, operation
+        self.idle = 0
+        self._since = 0.0
+
+    def wait(self) -> None:
+        """After a poll without progress."""
+        self.idle += 1
+        if self.idle % CHECK_POLLS == 0:
+            self.look(restart=self.idle == CHECK_POLLS)
+        self._engine.transport.pause(self.idle)
+
+    def look(self, restart: bool = False) -> None:
+        """Raise PeerTimeoutError if it is time."""
+        now = time.monotonic()
+        if restart or not self._since:
+            self._since = now
+        waited = now - self._since
+        if waited > self._engine.timeout or self._engine.transport.alarms():
+            raise self._engine.timed_out(self.operation, waited)
