@@ -131,8 +131,8 @@ class Communicator:
             the result's shape, apart from send, or with send as exactly its own slice of rows (in place).
         algorithm: "rings" (all link-disjoint rings; `rings=k`: k of them), "ring", "direct" (everyone sends to
             everyone), "hierarchical" (several equal nodes: along rails, and inside nodes), "native" (the MPI
-            library's own), a `Schedule` of your own, or "auto", which takes the fastest by rule or by the table that
-            `tune` measured, the same on all ranks.
+            library's own), a `Schedule` of your own, or "auto", which takes the fastest by the cost model or by
+            the table that `tune` measured, the same on all ranks.
         async_op: return at once with a `Work`, whose `wait()` gives the result and whose `test()` says if it is there;
             data moves in the background. Touch neither array until then.
 

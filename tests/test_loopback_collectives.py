@@ -319,6 +319,15 @@ def test_auto_takes_rings_where_links_are_known() -> None:
     assert chosen("cluster:2x2") == [("direct", "hierarchical")] * 4
 
 
+def test_all_ranks_reckon_with_the_same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of rank 0, however many cores the others see."""
+    cores = iter(range(1, 100))
+    monkeypatch.setattr("os.cpu_count", lambda: next(cores))
+    found = on_ranks(4, lambda comm: comm._core.chooser.costs)
+    assert len(set(found)) == 1
+    assert found[0].message_us > 0
+
+
 def test_one_ranks_part_in_a_direct_reduction_of_very_many() -> None:
     """All contributions are there at once, in the order that is worst for whoever sums up in the order of ranks."""
     n = 1200

@@ -28,7 +28,12 @@ _HOST = {
     # A collective that begins after a pause finds its connections as fast as it left them.
     "net/ipv4/tcp_slow_start_after_idle": "0",
     "net/ipv4/tcp_no_metrics_save": "1",
+    # Allowed on every kernel. BBR, the default of some, slows down again and again to probe: it cost a tenth.
+    "net/ipv4/tcp_congestion_control": "reno",
+    # Small sends whatever the round trip: with tcp_limit_output_bytes, what waits for a link waits in its socket.
+    "net/ipv4/tcp_tso_rtt_log": "0",
 }
+_SOCKET_PACKETS = 2.5  # of a socket in a link's queue, where they would hold up the acknowledgements that others need
 _FORWARDING = {"net/ipv4/ip_forward": "1"}
 _SAMPLES = 3  # links measured of each rate
 _TOGETHER_MBIT = 200.0  # streams of so much in all do not disturb each other on two cores
@@ -118,13 +123,14 @@ def _equip(room: Room, wiring: Wiring, node: Node) -> None:
 def _kernel_settings(wiring: Wiring, node: Node, more: dict[str, str]) -> dict[str, str]:
     if node in wiring.bridges:
         return {}
-    return _HOST | more | (_FORWARDING if node in wiring.forwards else {})
+    waiting = {"net/ipv4/tcp_limit_output_bytes": str(round(_SOCKET_PACKETS * wiring.settings.mtu))}
+    return _HOST | waiting | more | (_FORWARDING if node in wiring.forwards else {})
 
 
 def _stream(wiring: Wiring, src: int, dst: int, rate_bit: int) -> tuple[str, str, str, float, float]:
     packets_s = _WINDOW_PACKETS * 8 * wiring.settings.mtu / rate_bit
     window = min(max(_WINDOW_S, packets_s), 4 * _WINDOW_S)
-    settle = _SETTLE_S + 4 * wiring.settings.burst_bytes * 8 / rate_bit
+    settle = _SETTLE_S + 4 * wiring.burst_bytes(rate_bit) * 8 / rate_bit
     return wiring.namespace(src), wiring.namespace(dst), wiring.address(dst), settle, window
 
 

@@ -134,7 +134,8 @@ def clusters() -> list[Cluster]:
     for path in sorted(directory().iterdir()):
         if not (path / _STATE).exists():
             continue
-        with suppress(FileNotFoundError):  # another process has just removed it
+        # Gone: another process has just removed it. Unreadable: another version of this tool made it.
+        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
             cluster = _read(path / _STATE)
             if cluster.alive:
                 found.append(cluster)

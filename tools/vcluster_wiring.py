@@ -23,7 +23,7 @@ ETHERNET_BYTES = 14  # counted by shapers, not by the MTU
 TCP_BYTES = 52  # IP and TCP headers with timestamps
 SMALLEST_MTU, LARGEST_MTU = 1280, 65000
 FASTEST_MBIT = 100_000
-_LARGEST_SEND = 4 << 16  # TCP hands over up to 64 KiB at a time, some of them before it hears of a loss
+_LEAST_QUEUE = 4 << 16  # TCP hands over up to 64 KiB at a time, some of them before it hears of a loss
 _TABLE = 1000  # + a rank: the routes of what that rank sends, where others forward it
 
 
@@ -31,43 +31,36 @@ _TABLE = 1000  # + a rank: the routes of what that rank sends, where others forw
 class Settings:
     """How fast and how the links are. `link_mbit`: nominal rate of the fastest link; `mtu`: largest IP packet.
 
-    burst_bytes: what a link that was idle may send at once. queue_ms: how long a packet may wait for its link; more
-    are dropped, but never what a sender hands over at once. latency_scale: factor for the topology's `latency_us`.
+    burst_ms: what a link that was idle may send at once, as time of that link, two packets at least. queue_ms: how
+    long a packet may wait for its link, 256 KiB at least; more are dropped. latency_scale: factor for `latency_us`.
     """
 
     link_mbit: float
     mtu: int
-    burst_bytes: int
-    queue_ms: float
+    burst_ms: float = 5.0
+    queue_ms: float = 50.0
     latency_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("link_mbit", 0.01, FASTEST_MBIT),
             ("mtu", SMALLEST_MTU, LARGEST_MTU),
-            ("burst_bytes", self.mtu + ETHERNET_BYTES, 1 << 30),
-            ("queue_ms", 0.1, 10_000),
+            ("burst_ms", 0, 1e4),
+            ("queue_ms", 0, 1e4),
             ("latency_scale", 0, 1e9),
         ):
             if not low <= (value := getattr(self, name)) <= high:
                 raise ArgumentError(f"{name} must be in {low:g}..{high:g}, got {value!r}")
 
     @staticmethod
-    def suited(
-        link_mbit: float,
-        mtu: int | None = None,
-        burst_bytes: int | None = None,
-        queue_ms: float | None = None,
-        latency_scale: float = 1.0,
-    ) -> Settings:
-        """Settings that suit links of this rate; what is given stays as given.
+    def suited_mtu(topology: Topology, link_mbit: float) -> int:
+        """Packets that grow with the rate of the links, to about 1.3 ms each: cores pay by the packet.
 
-        Frames grow with the rate, 1500 bytes at 10 Mbit/s and 16000 at 100: so many packets as two cores can carry,
-        1.3 ms of a link each. Slow links need a longer queue, or the acknowledgements in it come too late.
+        Smaller than 3000 bytes they drown two cores even at 10 Mbit/s. Between fast and slow links their mean decides.
         """
-        mtu = mtu or round(min(max(1500.0, 160 * link_mbit), 60000.0))
-        burst_bytes = burst_bytes or 4 * (mtu + ETHERNET_BYTES)
-        return Settings(link_mbit, mtu, burst_bytes, queue_ms or (50 if link_mbit >= 20 else 200), latency_scale)
+        rates = [link.GBps for link in topology.links] or [1.0]
+        mean_mbit = link_mbit * math.sqrt(min(rates) / max(rates))
+        return round(min(max(160 * mean_mbit, 3000), 60000))
 
     @property
     def payload(self) -> float:
@@ -218,7 +211,7 @@ class Wiring:
         rate = max(round(port.rate_bit / slower), 1000)
         yield (
             f"qdisc {verb} dev {port.device} root handle 1: tbf rate {rate}bit "
-            f"burst {self.settings.burst_bytes} limit {self.queue_bytes(port)}"
+            f"burst {self.burst_bytes(rate)} limit {self.queue_bytes(port)}"
         )
         if verb == "add" and port.latency_us:
             yield self.delay(port)
@@ -232,7 +225,12 @@ class Wiring:
 
     def queue_bytes(self, port: Port) -> int:
         """Bytes that may wait for a link."""
-        return round(max(port.rate_bit * self.settings.queue_ms / 8e3, _LARGEST_SEND) + self.settings.burst_bytes)
+        return round(max(port.rate_bit * self.settings.queue_ms / 8e3, _LEAST_QUEUE)) + self.burst_bytes(port.rate_bit)
+
+    def burst_bytes(self, rate_bit: int) -> int:
+        """Bytes that a link of this rate may send at once after it was idle. With one packet a shaper that is woken
+        late would fall behind for good."""
+        return max(round(rate_bit * self.settings.burst_ms / 8e3), 2 * (self.settings.mtu + ETHERNET_BYTES))
 
     def _routing(self, node: Node) -> list[str]:
         mine = [route for route in self.routes if route.node == node]

@@ -29,7 +29,8 @@ def built(asked: argparse.Namespace, *, stays: bool) -> Iterator[tuple[Cluster, 
     """The cluster that is asked for; it ends with this context unless it stays and all went well."""
     began = time.monotonic()
     topology = read_named(asked.topology)
-    settings = Settings.suited(asked.link_mbit, asked.mtu, asked.burst, asked.queue_ms, asked.latency_scale)
+    mtu = Settings.suited_mtu(topology, asked.link_mbit) if asked.mtu is None else asked.mtu
+    settings = Settings(asked.link_mbit, mtu, asked.burst_ms, asked.queue_ms, asked.latency_scale)
     wiring = Wiring(topology, settings)
     kept = False
     with vcluster_job.signals_stop():
