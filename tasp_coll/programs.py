@@ -17,6 +17,7 @@ from tasp_coll.executor import Builder, Node, Piece, Place, Program
 from tasp_coll.schedule import Schedule, cut
 
 ALIGN = 64  # bytes: a cache line, and a multiple of every item size that can be reduced
+HALVED = 1 << 16  # bytes from which a chunk on a ring travels as two messages
 WINDOW = 8  # receives posted ahead on a lane; more only lengthen MPI's queues
 
 Key = tuple[int, int]  # origin, chunk
@@ -72,18 +73,29 @@ def gather_program(schedule: Schedule, rank: int, sizes: Sequence[int]) -> Progr
     """
     cuts = Cuts.of(schedule, sizes, 1, ALIGN)
     builder = Builder()
-    arrived: dict[Key, int] = {}
+    arrived: dict[Place, int] = {}
     lanes: dict[tuple[int, int], list[int]] = defaultdict(list)
     for step, is_send, peer, key, lane in moves(schedule, rank, cuts):
-        place = cuts.in_shard("send", key) if key[0] == rank else cuts.in_all("recv", key)
-        node = Node(step, peer, lane, is_send, place)
-        if is_send:
-            builder.add(node, () if key[0] == rank else (arrived[key],))
-            continue
-        earlier = lanes[peer, lane]
-        arrived[key] = builder.add(node, earlier[-WINDOW : 1 - WINDOW] if len(earlier) >= WINDOW else ())
-        earlier.append(arrived[key])
+        whole = cuts.in_shard("send", key) if key[0] == rank else cuts.in_all("recv", key)
+        for place in _halves(whole) if schedule.rings else (whole,):
+            node = Node(step, peer, lane, is_send, place)
+            if is_send:
+                builder.add(node, () if key[0] == rank else (arrived[place],))
+                continue
+            earlier = lanes[peer, lane]
+            arrived[place] = builder.add(node, earlier[-WINDOW : 1 - WINDOW] if len(earlier) >= WINDOW else ())
+            earlier.append(arrived[place])
     return builder.build()
+
+
+def _halves(whole: Place) -> tuple[Place, ...]:
+    """A large chunk as two messages: on a ring one is handed on while the other arrives, so that no link has to wait
+    for the software between two steps."""
+    if whole.nbytes < HALVED:
+        return (whole,)
+    half = whole.nbytes // 2 // ALIGN * ALIGN
+    region, offset, nbytes = whole
+    return Place(region, offset, half), Place(region, offset + half, nbytes - half)
 
 
 def all_to_all_program(schedule: Schedule, rank: int, block: int) -> Program:
