@@ -32,11 +32,11 @@ def decompose(topology: Topology, rings: int | None = None) -> tuple[Ring, ...]:
     `rings=None` uses all links: on a full mesh of n ranks n-1 disjoint rings (for n = 4 six and for n = 6
     ten, with every link on exactly two); behind a single switch one ring, which is already optimal, since a
     rank has one link out and the ring keeps it full at every step; on equal nodes of m ranks one ring for each
-    NIC of a node (two for m = 3 and 5). On any other topology rings are packed until they come within 2% of
-    the narrowest cut between ranks, which no rings can beat, or the effort is spent; where links differ, each
-    ring's weight is what its links can carry beside the others. At most 2(n-1) rings; hops lead over one link or
-    over switches, over other ranks only where there is no other way. That needs the extra `solver`, unless one
-    ring fills the narrowest cut, or the links differ from the forms above by little.
+    NIC of a node (two for m = 3 and 5). On any other topology rings are packed until they come within 2% (beyond
+    24 ranks 5%) of the narrowest cut between ranks, which no rings can beat, or the effort is spent; where links
+    differ, each ring's weight is what its links can carry beside the others. At most 2(n-1) rings; hops lead over
+    one link or over switches, over other ranks only where there is no other way. That needs the extra `solver`,
+    unless one ring fills the narrowest cut, or the links differ from the forms above by little.
 
     `rings=k` takes k distinct rings, on a mesh, a switch and equal nodes of weight 1/k: disjoint where k disjoint
     ones exist (on a mesh up to n-1, but 2 for n = 4 and 4 for n = 6), else with at most two over one link of a mesh;

@@ -3,7 +3,8 @@
 What rings can reach is bounded by the narrowest cut between ranks (`Hops.width_bound`), and for most regular
 graphs that is the cut bound of an all-gather. Tried are, in this order, and until 0.98 of it is reached:
 
-1. a single ring and, where links are alike but for small differences, the rings of the topology with equal links;
+1. a single ring both ways round and, where links are alike but for small differences or a dead one, the rings of the
+   topology without these;
 2. k rings of equal width that fill the bound exactly, for the few k where the links hold so many: with k twice as
    large rings have half the width, so that 3 links of a rank that 3 rings cannot share may be shared by 6;
 3. more rings, one at a time: each the ring that would widen the whole most (`widths`, column generation), then the
@@ -66,7 +67,7 @@ def pack_all(topology: Topology) -> Decomposition:
         return _decomposition(hops, simple)
     target = (ENOUGH if hops.ranks <= MANY else ENOUGH_OF_MANY) * hops.width_bound
     if simple.total >= target:
-        return _decomposition(hops, simple)
+        return _decomposition(hops, _thinned(hops, simple))
     solver = RingSolver(hops)
     if exact := _equal_widths(hops, solver):
         return _decomposition(hops, exact)
@@ -98,7 +99,8 @@ def pack_some(topology: Topology, count: int) -> Decomposition:
 def _simple(hops: Hops) -> Packed:
     """What needs no solver."""
     forms = _forms(hops)
-    return _widened(hops, [*forms, single_ring(hops, forms)])
+    single = single_ring(hops, forms)
+    return _widened(hops, [*forms, single, single[:1] + single[:0:-1]])
 
 
 def _forms(hops: Hops) -> list[Cycle]:

@@ -15,25 +15,36 @@ _STEPS = 40  # of a search, for each rank
 def single_ring(hops: Hops, known: Iterable[Sequence[int]] = ()) -> Cycle:
     """The widest ring that a small search finds, of such the one that crosses least links; the same on every machine.
 
-    Tried are the ranks in order, the rings `known`, a depth-first search for rings whose hops all have a certain width
-    (to ranks with few ways on first: Warnsdorff, "Des Roesselsprungs einfachste und allgemeinste Loesung", 1823), and
-    the order in which such a search meets the ranks at all, whose hops may then lead through other ranks.
+    Tried are the rings `known`, the ranks in order and in that of a Gray code, a depth-first search for rings whose
+    hops all have a certain width (to ranks with few ways on first: Warnsdorff, "Des Roesselsprungs einfachste und
+    allgemeinste Loesung", 1823), and the order in which such a search meets the ranks at all, whose hops may then lead
+    through other ranks. Of hundreds of ranks only the orders.
     """
 
     def worth(cycle: Sequence[int]) -> tuple[Fraction, int]:
         return hops.width(cycle), -hops.loads(cycle).total()
 
-    best = max([range(hops.ranks), *known], key=worth)
+    simple = [*known, *_orders(hops.ranks)]
     if hops.ranks > _SEARCHED:
-        return tuple(best)
+        return tuple(next((cycle for cycle in simple if _is_near(hops, cycle)), range(hops.ranks)))
+    best = max(simple, key=worth)
     best = max(best, _preorder(hops), key=worth)
-    near = all(hops.is_near(hop) for hop in hops_of(best))
+    near = _is_near(hops, best)
     for width in sorted({min(hops.rates[link] for link in route) for route in hops.routes.values()}, reverse=True):
         if width < hops.width(best) or (near and width == hops.width(best)):
             break
         if found := _Search(hops, width).cycle():
             return found
     return tuple(best)
+
+
+def _is_near(hops: Hops, cycle: Sequence[int]) -> bool:
+    return all(hops.is_near(hop) for hop in hops_of(cycle))
+
+
+def _orders(ranks: int) -> list[Sequence[int]]:
+    gray = [rank ^ rank >> 1 for rank in range(ranks)]
+    return [range(ranks), gray] if ranks & (ranks - 1) == 0 else [range(ranks)]
 
 
 def _preorder(hops: Hops) -> list[int]:

@@ -640,7 +640,7 @@ def test_closing_the_communicator_ends_open_streams() -> None:
 
 
 @pytest.mark.parametrize("spec", ["hypercube:2", "torus:2x2", "cluster:2x2"])
-def test_steps_where_no_rings_are_known(spec: str) -> None:
+def test_steps_on_other_topologies(spec: str) -> None:
     """`auto` takes what the topology allows."""
 
     def body(comm: Communicator) -> None:

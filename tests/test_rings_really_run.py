@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loopback_ranks import on_ranks
 from recording import RecordingTransport, RecordingWorld
-from tasp_coll import Communicator, Ring, Topology, decompose
+from tasp_coll import Communicator, Link, Ring, Topology, decompose
 from tasp_coll.core import SLOTS
+from tasp_coll.nodes import nodes_of
 from tasp_coll.schedule import cut
 from tasp_coll.transport import Op
 
@@ -19,12 +21,12 @@ ALIGN = 64  # chunks begin on cache lines
 Lanes = dict[tuple[bool, int, int], list[int]]  # (send, peer, ring): sizes in order
 
 
-def messages(n: int, call: Callable[[Communicator], Any]) -> list[list[Op]]:
+def messages(n: int, call: Callable[[Communicator], Any], topology: Topology | None = None) -> list[list[Op]]:
     """Each rank's messages of data in one call."""
 
     def body(transport: Any) -> list[Op]:
         assert isinstance(transport, RecordingTransport)
-        with Communicator(transport, timeout=20) as comm:
+        with Communicator(transport, timeout=20, topology=topology) as comm:
             call(comm)
         return transport.started
 
@@ -182,3 +184,80 @@ def test_steps_run_the_rings_too(reverse: bool) -> None:
             expected[True, ring.ranks[(at + 1) % n], number] = sizes
             expected[False, ring.ranks[at - 1], number] = sizes
         assert lanes(ops) == expected
+
+
+# --- rings of any topology
+
+
+def one_way(n: int) -> Topology:
+    """Links in one direction are four times as fast."""
+    links = [Link(a, b, rate) for a in range(n) for b, rate in (((a + 1) % n, 4.0), ((a - 1) % n, 1.0))]
+    return Topology("one way", n, (), tuple(links))
+
+
+def slow_link(spec: str) -> Topology:
+    plain = Topology.preset(spec)
+    links = [Link(u, v, rate / 2 if {u, v} == {0, 1} else rate) for u, v, rate in map(ends, plain.links)]
+    return Topology(f"slow link in {spec}", plain.ranks, plain.switches, tuple(links))
+
+
+def ends(link: Link) -> tuple[int | str, int | str, float]:
+    return link.source, link.target, link.GBps
+
+
+ANYWHERE = [
+    Topology.preset("cluster:2x3"),
+    Topology.preset("dgx_h100:2"),
+    Topology.preset("torus:3x3"),
+    Topology.preset("hypercube:3"),
+    Topology.preset("full_mesh:6").without_link(2, 4),
+    slow_link("torus:2x3"),
+    slow_link("full_mesh:5"),
+    one_way(5),
+]
+
+
+@pytest.mark.parametrize("topology", ANYWHERE, ids=lambda topology: topology.name)
+def test_any_topology_runs_its_rings(topology: Topology) -> None:
+    """Chunks as large as their ring is wide, on the planned neighbours."""
+    if nodes_of(topology) is None:
+        pytest.importorskip("ortools", reason="ortools is not installed: pip install 'tasp-coll[solver]'")
+    n, elements = topology.ranks, 1000
+    rings = decompose(topology)
+
+    def body(comm: Communicator) -> list[int]:
+        shards = [np.arange(elements) + 7 * rank for rank in range(n)]
+        for algorithm in ("rings", "ring"):
+            everything = comm.decomposed_allgather(shards[comm.rank], algorithm=algorithm)
+            assert (everything == np.concatenate(shards)).all()
+            total = comm.decomposed_allreduce(shards[comm.rank], algorithm=algorithm)
+            assert (total == sum(shards)).all()
+            part = comm.decomposed_reduce_scatter(everything * (comm.rank + 1), algorithm=algorithm)
+            assert (part == shards[comm.rank] * (n * (n + 1) // 2)).all()
+        return mirrored(comm)
+
+    for steps in on_ranks(n, body, topology=topology):
+        assert steps == list(range(n - 1))
+    plain = np.zeros(elements, np.int64)
+
+    def one_call(comm: Communicator) -> None:
+        comm.decomposed_allgather(plain, algorithm="rings")
+
+    for rank, ops in enumerate(messages(n, one_call, topology=topology)):
+        assert lanes(ops) == planned(rings, rank, [plain.nbytes] * n)
+
+
+def mirrored(comm: Communicator) -> list[int]:
+    """The steps of a reduce-scatter that ask for the chunks that an allgather in reverse brings one step later."""
+    shard = np.arange(40.0)
+    backward = list(comm.allgather_steps(shard, algorithm="rings", reverse=True))
+    recv, found = np.zeros(40), []
+    brought = [{(chunk.source, chunk.ring) for chunk in arrival.chunks} for arrival in backward]
+    for request in comm.reduce_scatter_steps(recv, algorithm="rings"):
+        for chunk in request.chunks:
+            chunk.data[...] = np.arange(chunk.start, chunk.stop)
+        asked = {(chunk.source, chunk.ring) for chunk in request.chunks}
+        if request.step + 1 < len(brought) and asked == brought[request.step + 1]:
+            found.append(request.step)
+    assert (recv == comm.size * shard).all()
+    return found
