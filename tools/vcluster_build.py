@@ -37,6 +37,7 @@ _SOCKET_PACKETS = 2.5  # of a socket in a link's queue, where they would hold up
 _FORWARDING = {"net/ipv4/ip_forward": "1"}
 _SAMPLES = 3  # links measured of each rate
 _TOGETHER_MBIT = 200.0  # streams of so much in all do not disturb each other on two cores
+_ATTEMPTS, _DISTURBED = 3, 0.003
 _SETTLE_S, _WINDOW_S, _WINDOW_PACKETS = 0.25, 0.5, 100
 
 
@@ -90,27 +91,35 @@ def inside(room: Room, settings: Sequence[Any] = (), streams: Sequence[Any] = ()
 def measure(room: Room, wiring: Wiring) -> dict[float, float]:
     """Payload GB/s that links deliver, by their GBps in the topology: one figure for each nominal rate.
 
-    The median of up to three links, each filled by a plain TCP stream between two ranks. A rate that no stream can
+    The median of up to three links, each filled by a plain TCP stream between two ranks. A busy machine can only make
+    it lower: below what the shaper lets through it is measured again, and the best counts. A rate that no stream can
     fill, because a slower link lies on every way, takes the others' share of the nominal rate.
     """
-    samples = {GBps: list(pairs) for GBps, pairs in _samples(wiring.topology).items()}
     shares: dict[float, float] = {}
-    for GBps, pairs in samples.items():
-        rate = wiring.rate_bit(GBps)
-        together = [pairs] if len(pairs) * rate <= _TOGETHER_MBIT * 1e6 else [[pair] for pair in pairs]
-        groups = [[_stream(wiring, src, dst, rate) for src, dst in group] for group in together]
-        rates = [rate for group in inside(room, streams=groups) for rate in group]
-        if not all(rates):
-            src, dst = pairs[rates.index(0.0)]
-            raise RoomError(f"no data comes through from rank {src} to rank {dst}")
-        shares[GBps] = 8 * median(rates) / rate
+    for GBps, pairs in _samples(wiring.topology).items():
+        for _ in range(_ATTEMPTS):
+            shares[GBps] = max(shares.get(GBps, 0.0), _share(room, wiring, pairs, wiring.rate_bit(GBps)))
+            if shares[GBps] > wiring.settings.payload * (1 - _DISTURBED):
+                break
     rest = median(shares.values()) if shares else 1.0
-    return {link.GBps: wiring.rate_bit(link.GBps) / 8e9 * shares.get(link.GBps, rest) for link in wiring.topology.links}
+    nominal = {link.GBps: wiring.rate_bit(link.GBps) / 8e9 for link in wiring.topology.links}
+    return {GBps: rate * shares.get(GBps, rest) for GBps, rate in nominal.items()}
 
 
 def stated(wiring: Wiring, share: float) -> dict[float, float]:
     """The same as `measure`, but a stated share of the nominal rates."""
     return {link.GBps: wiring.rate_bit(link.GBps) / 8e9 * share for link in wiring.topology.links}
+
+
+def _share(room: Room, wiring: Wiring, pairs: Sequence[tuple[int, int]], rate_bit: int) -> float:
+    """Median of the shares of a rate that streams between these ranks get."""
+    together = [pairs] if len(pairs) * rate_bit <= _TOGETHER_MBIT * 1e6 else [[pair] for pair in pairs]
+    streams = [[_stream(wiring, src, dst, rate_bit) for src, dst in group] for group in together]
+    rates = [rate for group in inside(room, streams=streams) for rate in group]
+    if not all(rates):
+        src, dst = pairs[rates.index(0.0)]
+        raise RoomError(f"no data comes through from rank {src} to rank {dst}")
+    return 8 * median(rates) / rate_bit
 
 
 def _equip(room: Room, wiring: Wiring, node: Node) -> None:

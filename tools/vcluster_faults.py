@@ -87,20 +87,17 @@ def conditions(cluster: Cluster) -> dict[tuple[Node, Node], Condition]:
 
 
 def _impose(room: Room, wiring: Wiring, there: Port, back: Port, condition: Condition) -> None:
-    lines = list(wiring.shaper(there, condition.slower, verb="change"))
+    room.batch("tc", list(wiring.shaper(there, condition.slower, verb="change")), there.namespace)
     child = f"qdisc replace dev {there.device} parent 1:1"
     if condition.down:
-        lines += [f"{child} handle 30: blackhole"]
+        room.batch("tc", [f"{child} handle 30: blackhole"], there.namespace)
     elif condition.delayed_ms or there.latency_us:
-        lines += [wiring.delay(there, condition.delayed_ms)]
-    else:
-        lines += [f"{child} handle 10: bfifo limit {wiring.queue_bytes(there)}"]
-    try:
-        room.batch("tc", lines, there.namespace)
-    except RoomError as error:
-        if "netem" in str(error):
+        try:
+            room.batch("tc", [wiring.delay(there, condition.delayed_ms)], there.namespace)
+        except RoomError as error:
             raise MissingError(f"this kernel has no delays (CONFIG_NET_SCH_NETEM, sch_netem): {error}") from error
-        raise
+    else:
+        room.batch("tc", [f"{child} handle 10: bfifo limit {wiring.queue_bytes(there)}"], there.namespace)
     _lose(room, back, condition.lossy)
 
 

@@ -51,15 +51,13 @@ def write(settings: list[tuple[str, str, str]]) -> None:
     """Write kernel settings, each in its namespace."""
     for name, path, value in settings:
         with namespace(name), suppress(FileNotFoundError):
+            fd = os.open(f"/proc/sys/{path}", os.O_WRONLY)
             try:
-                # No truncation: /proc/sys refuses it in some sandboxes.
-                fd = os.open(f"/proc/sys/{path}", os.O_WRONLY)
-                try:
-                    os.write(fd, value.encode())
-                finally:
-                    os.close(fd)
-            except PermissionError as error:
-                raise OSError(f"/proc/sys/{path} = {value} in {name}: {error.strerror}") from error
+                os.write(fd, value.encode())
+            except OSError as error:
+                sys.exit(f"/proc/sys/{path} does not take {value!r}: {error.strerror}")
+            finally:
+                os.close(fd)
 
 
 class Stream:

@@ -130,7 +130,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     add("--topology", metavar="SPEC", required=parser.prog.endswith("up"), help="a preset, or a topology file")
     add("--link-mbit", type=_number(0), metavar="R", help="nominal rate of the fastest link, in Mbit/s")
     add("--latency-scale", type=_number(0), default=1.0, metavar="S", help="factor for latency_us (default 1)")
-    add("--mtu", type=int, metavar="BYTES", help="largest IP packet (default: 160 per Mbit/s, in 3000..60000)")
+    add("--mtu", type=int, metavar="BYTES", help="largest IP packet (default: 160 per Mbit/s, in 4000..60000)")
     add("--burst-ms", type=_number(0), default=5.0, metavar="MS", help="what an idle link may send at once (default 5)")
     add("--queue-ms", type=_number(0), default=50.0, metavar="MS", help="how long packets may queue (default 50)")
     add(

@@ -151,7 +151,7 @@ def find(name: str | None) -> Cluster:
     if len(chosen) == 1:
         return chosen[0]
     names = ", ".join(cluster.name for cluster in there) or "none"
-    what = "--name must say which cluster is meant" if name is None and there else f"there is no cluster {name or ''}"
+    what = "--on must say which cluster is meant" if name is None and there else f"there is no cluster {name or ''}"
     raise ArgumentError(f"{what.strip()}; there are: {names}")
 
 

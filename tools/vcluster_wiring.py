@@ -56,11 +56,11 @@ class Settings:
     def suited_mtu(topology: Topology, link_mbit: float) -> int:
         """Packets that grow with the rate of the links, to about 1.3 ms each: cores pay by the packet.
 
-        Smaller than 3000 bytes they drown two cores even at 10 Mbit/s. Between fast and slow links their mean decides.
+        Smaller than 4000 bytes they burden two cores even at 10 Mbit/s. Between fast and slow links their mean decides.
         """
         rates = [link.GBps for link in topology.links] or [1.0]
         mean_mbit = link_mbit * math.sqrt(min(rates) / max(rates))
-        return round(min(max(160 * mean_mbit, 3000), 60000))
+        return round(min(max(160 * mean_mbit, 4000), 60000))
 
     @property
     def payload(self) -> float:
