@@ -46,13 +46,11 @@ class Costs:
 
     message_us: what a rank spends on each message that it sends or receives. GBps: what a rank's software can move,
     sent and received together. ranks_per_core: ranks that share a core take turns, so both count that much more.
-    burst: by how much longer links take where everyone sends to everyone at once, as in a direct exchange.
     """
 
     message_us: float = 0.0
     GBps: float = math.inf
     ranks_per_core: float = 1.0
-    burst: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.message_us < math.inf:
@@ -61,8 +59,6 @@ class Costs:
             raise ArgumentError(f"GBps must be a number > 0, got {self.GBps!r}")
         if not 0 < self.ranks_per_core < math.inf:
             raise ArgumentError(f"ranks_per_core must be a finite number > 0, got {self.ranks_per_core!r}")
-        if not 1 <= self.burst < math.inf:
-            raise ArgumentError(f"burst must be a finite number >= 1, got {self.burst!r}")
 
     @property
     def message_s(self) -> float:
@@ -75,15 +71,14 @@ class Costs:
 
 
 LINKS_ALONE = Costs()
-# Of MPICH over TCP, measured on virtual clusters (tools/virtual_cluster.py) of 4 and 8 hosts on 2 cores. What small
-# messages take at each end; and what large direct exchanges take over the links' time, 1.07 to 1.20.
+# What a small message takes at each end, of MPICH over TCP on virtual clusters (tools/virtual_cluster.py) of 4 and 8
+# hosts on 2 cores.
 MESSAGE_US = 45.0
-BURST = 1.13
 
 
 def software_costs(ranks_on_host: int) -> Costs:
     """What this library's own software costs on a host like this one."""
-    return Costs(MESSAGE_US, ranks_per_core=ranks_on_host / (os.cpu_count() or 1), burst=BURST)
+    return Costs(MESSAGE_US, ranks_per_core=ranks_on_host / (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -120,8 +115,7 @@ def predict(schedule: Schedule, shard_bytes: float, *, costs: Costs = LINKS_ALON
         return Prediction(0.0)
     size = len(schedule.pattern.transfers(0)) * steps
     whole, step = partial(messages_of, schedule), lambda number: messages_of(schedule, [number])
-    spread = costs.burst if schedule.algorithm == "direct" and schedule.ranks > 2 else 1.0
-    run = _simulated(_Job(steps, _alike(schedule), size, whole, step), nbytes * spread, costs)
+    run = _simulated(_Job(steps, _alike(schedule), size, whole, step), nbytes, costs)
     found = _prediction(run, slices, nbytes, costs)
     if slices == 1:
         return found

@@ -33,8 +33,7 @@ def formula(
     else:
         count = 1 if algorithm != "rings" or not (rings or mesh) else rings or n - 1
         steps, messages, crossing = n - 1, count, 1.0 / count if mesh else 1.0
-    spread = costs.burst if algorithm == "direct" and n > 2 else 1.0
-    span = latency + 2 * costs.message_s + crossing * shard_bytes * spread / rate
+    span = latency + 2 * costs.message_s + crossing * shard_bytes / rate
     software = costs.software_s(2 * (n - 1) * messages, 2 * (n - 1) * shard_bytes)
     seconds = max(steps * span, software)
     link = (0, 1 if mesh else topology.switches[0])

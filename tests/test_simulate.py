@@ -187,9 +187,6 @@ def test_software_counts_for_every_message_and_byte() -> None:
     shared = Costs(message_us=5, GBps=2, ranks_per_core=3)
     assert predict(plan(mesh, algorithm="ring"), 0, costs=shared).seconds == pytest.approx(7 * 30e-6)
     assert predict(plan(mesh, algorithm="direct"), GB, costs=shared).seconds == pytest.approx(14 * 3 / 2, rel=1e-3)
-    crowded = predict(plan(mesh, algorithm="direct"), GB, costs=Costs(burst=1.2))
-    assert (crowded.seconds, crowded.utilisation) == pytest.approx((1.2, 1 / 1.2))
-    assert predict(plan(mesh, algorithm="rings"), GB, costs=Costs(burst=1.2)).seconds == pytest.approx(1)
     assert Costs(message_us=5, ranks_per_core=0.5).message_s == pytest.approx(5e-6)  # a rank has one core at most
 
 
@@ -308,7 +305,7 @@ def test_slices_in_one_come_to_what_they_do_apart(spec: str, collective: str) ->
     [("rings", None, 1), ("rings", 1, 1), ("ring", None, 1), ("direct", None, 1), ("direct", None, 3)],
 )
 def test_formulas_come_to_what_is_simulated(spec: str, algorithm: str, rings: int | None, slices: int) -> None:
-    topology, costs = Topology.preset(spec), Costs(message_us=3, GBps=20, burst=1.1)
+    topology, costs = Topology.preset(spec), Costs(message_us=3, GBps=20)
     sliced = slices if algorithm == "direct" else None
     for size in (0, 1000, 10**8):
         found = predict(plan(topology, algorithm=algorithm, rings=rings, slices=sliced), size, costs=costs)
@@ -409,7 +406,6 @@ def test_bytes_must_be_a_number(size: object) -> None:
         ("message_us", -1),
         ("message_us", float("inf")),
         ("GBps", 0),
-        ("burst", 0.9),
         ("ranks_per_core", 0),
         ("ranks_per_core", float("nan")),
     ],

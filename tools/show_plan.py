@@ -18,7 +18,7 @@ from tasp_coll import ArgumentError, ScheduleError, TopologyError, plan
 from tasp_coll.forecast import TIE
 from tasp_coll.presets import KNOWN_SPECS
 from tasp_coll.schedule import ALGORITHMS, COLLECTIVES
-from tasp_coll.simulate import BURST, MESSAGE_US, Costs
+from tasp_coll.simulate import MESSAGE_US, Costs
 from tasp_coll.topology import read_named
 
 EXAMPLES = f"""
@@ -40,11 +40,10 @@ the link carries in any one step, "in all" the sum over the steps.
 
 Times are those of the cost model: a chunk is sent on when it has arrived, what is under way at the same time shares a
 link fairly, and a link has a rate and a latency (presets have none). Software is left out unless --message-us says what
-a rank spends on every message that it sends or receives; then links also take {100 * (BURST - 1):.0f} percent longer
-where everyone sends to everyone at once. On MPI, `auto` reckons with {MESSAGE_US:g} us, and more where ranks share a
-core; it takes the first algorithm of the table that is within {100 * TIE:g} percent of the fastest. The cut bound is
-the least time that any schedule needs; of an allreduce it is that of a reduce_scatter, then an allgather. Of an
-all_to_all the shard is the n blocks that a rank sends.
+a rank spends on every message that it sends or receives. On MPI, `auto` reckons with {MESSAGE_US:g} us, and more where
+ranks share a core; it takes the first algorithm of the table that is within {100 * TIE:g} percent of the fastest. The
+cut bound is the least time that any schedule needs; of an allreduce it is that of a reduce_scatter, then an allgather.
+Of an all_to_all the shard is the n blocks that a rank sends.
 
 --json writes {{"tool", "version", "world_size", "transport": null, "topology", "results": [{{...}}]}}; the result has
   collective, algorithm, steps, chunks, counts (null: equal)
@@ -124,11 +123,6 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def costs_of(message_us: float) -> Costs:
-    """What the times reckon with beside the links."""
-    return Costs(message_us, burst=BURST if message_us else 1.0)
-
-
 def write(view: View, json_path: Path | None, picture_path: Path | None) -> Iterator[Path]:
     """Write the files asked for; the paths of those written."""
     if json_path is not None:
@@ -150,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     algorithm = asked.algorithm or ("direct" if asked.collective == "all_to_all" else "rings")
     try:
         schedule = plan(read_named(asked.spec), asked.collective, algorithm, asked.rings, asked.counts)
-        view = view_of(schedule, asked.rank, asked.shard_bytes, costs_of(asked.message_us))
+        view = view_of(schedule, asked.rank, asked.shard_bytes, Costs(asked.message_us))
         print(text_of(view, asked.all), flush=True)
         for path in write(view, asked.json, asked.plot):
             print(f"\nwritten: {path}")
