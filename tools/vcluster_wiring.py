@@ -180,7 +180,7 @@ class Wiring:
     def interfaces(self, node: Node) -> list[str]:
         """Lines of `ip -batch`, in the node's namespace, that set up its devices, addresses, neighbours and routes."""
         lines = ["link set lo up"]
-        devices = [port.device for (owner, _), port in self.ports.items() if owner == node]
+        devices = list(self._devices[node])
         if node in self.bridges:
             lines += [f"link add name {BRIDGE_DEVICE} mtu {self.settings.mtu} type bridge mcast_snooping 0"]
             for device in devices:
@@ -204,7 +204,7 @@ class Wiring:
 
     def shapers(self, node: Node) -> list[str]:
         """Lines of `tc -batch`, in the node's namespace, that shape what leaves the node."""
-        return [line for port in self.ports.values() if port.node == node for line in self.shaper(port)]
+        return [line for port in self._devices[node].values() for line in self.shaper(port)]
 
     def shaper(self, port: Port, slower: float = 1.0, verb: str = "add") -> Iterator[str]:
         """Shape a port to its rate, or to a `slower`-th of it."""
@@ -233,7 +233,7 @@ class Wiring:
         return max(round(rate_bit * self.settings.burst_ms / 8e3), 2 * (self.settings.mtu + ETHERNET_BYTES))
 
     def _routing(self, node: Node) -> list[str]:
-        mine = [route for route in self.routes if route.node == node]
+        mine = self._routes_at.get(node, [])
         neighbours = {(route.via, route.device): self._mac(route) for route in mine}
         lines = [f"neigh add {self.address(via)} lladdr {mac} dev {dev}" for (via, dev), mac in neighbours.items()]
         lines += [
@@ -248,9 +248,7 @@ class Wiring:
 
     def _mac(self, route: Route) -> str:
         """The next hop's port: the other end of the cable, or the one beyond the bridge."""
-        ahead = next(
-            port.peer for port in self.ports.values() if (port.node, port.device) == (route.node, route.device)
-        )
+        ahead = self._devices[route.node][route.device].peer
         return self.ports[route.via, route.node if ahead == route.via else ahead].mac
 
     def _stops(self, src: int, dst: int) -> list[tuple[Node, tuple[Node, Node]]]:
@@ -258,6 +256,20 @@ class Wiring:
         path = self.topology.path(src, dst)
         stops = [(u, (u, v)) for u, v in path if u not in self.bridges]
         return [*stops, (dst, (dst, dst))]
+
+    @cached_property
+    def _devices(self) -> dict[Node, dict[str, Port]]:
+        found: dict[Node, dict[str, Port]] = {node: {} for node in self.nodes}
+        for port in self.ports.values():
+            found[port.node][port.device] = port
+        return found
+
+    @cached_property
+    def _routes_at(self) -> dict[Node, list[Route]]:
+        found: dict[Node, list[Route]] = {}
+        for route in self.routes:
+            found.setdefault(route.node, []).append(route)
+        return found
 
     @cached_property
     def _fastest(self) -> float:
