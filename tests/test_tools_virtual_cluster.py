@@ -512,7 +512,7 @@ def test_a_cluster_that_stays(clusters: Path) -> None:
     assert delivers(cluster, 1, 0) == pytest.approx(as_new, rel=0.15)
     assert call("list").stdout.endswith("0 -> 1: 4 times slower\n")
     assert call("fault", 1, 0, "up").returncode == 0
-    assert call("fault", "--on", "t", 0, 1, "lossy", 10).returncode == 0
+    assert call("fault", "--on", "t", 0, 1, "lossy", 30, "--one-way").returncode == 0
     assert delivers(cluster, 0, 1) < as_new / 2
     assert call("fault", 0, 1, "up").returncode == 0
     assert delivers(cluster, 0, 1) == pytest.approx(as_new, rel=0.15)

@@ -56,9 +56,9 @@ what ranks find
 what can be trusted
   What the cores carry: every byte on every link is work for them. The frames grow with the rate (--mtu), so that two
   cores carry 56 links of 100 Mbit/s; where the links' rates add up to more, the cores are what is measured. Other work
-  on the machine shows too. A link that was idle sends --burst-ms of data, two packets at least, at once: 5 ms are a gift
-  to a collective of 400 ms. Congestion control is reno, and little of a socket's data waits in a link's queue,
-  where it would hold up acknowledgements; both can be changed with --kernel.
+  on the machine shows too. What an idle link may send at once (--burst-ms, two packets at least) is a gift: 5 ms to a
+  collective of 400. Congestion control is reno, and little of a socket's data waits in a link's queue, where it would
+  hold up acknowledgements; both can be changed with --kernel.
 
 needs Linux, iproute2 (ip, tc, bridge), util-linux (unshare, nsenter), MPICH's mpiexec; root, or a machine that lets
 users have namespaces of their own. Everything is in a process namespace and a mount namespace of its own, that the
