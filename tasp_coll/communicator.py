@@ -25,7 +25,7 @@ from tasp_coll import bootstrap, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
 from tasp_coll.core import Core
-from tasp_coll.engine import Engine
+from tasp_coll.engine import Engine, abandon_busy
 from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.operations import Collective
 from tasp_coll.options import Options
@@ -321,8 +321,6 @@ def _register(comm: Communicator) -> None:
 
 def _leave() -> None:
     """At exit: free what is idle; what is under way can no longer be waited for."""
+    abandon_busy("the interpreter exited while it was busy")  # communicators that were dropped among them
     for comm in list(_live):
-        engine = comm._core.engine
-        if engine.busy and not engine.broken:
-            engine.abandon("the interpreter exited while it was busy")
         comm.close()

@@ -195,8 +195,9 @@ class Engine:
 
     def abandon(self, why: str) -> None:
         """Give up what is under way."""
-        self.broken = f"this communicator cannot be used any more: {why}"
-        self.transport.abandon(list(self._queue), list(self._streams))
+        with self.lock:  # not while the background thread is in the middle of a poll
+            self.broken = f"this communicator cannot be used any more: {why}"
+            self.transport.abandon(list(self._queue), list(self._streams))
 
     def close(self) -> bool:
         """Wait for what is under way, then stop the background thread; whether it was open."""
@@ -275,6 +276,13 @@ class Engine:
         except PeerTimeoutError as error:
             self.judge(error, head.operation)
             head.fail(error)
+
+
+def abandon_busy(why: str) -> None:
+    """Give up what is under way on any communicator, before what carries it is gone."""
+    for engine in list(_busy):
+        if engine.busy and not engine.broken:
+            engine.abandon(why)
 
 
 def _waker(wake: threading.Condition) -> Callable[[object], None]:
