@@ -23,6 +23,7 @@ _HOME = {
     "MismatchError": "errors",
     "PeerTimeoutError": "errors",
     "Ring": "rings",
+    "Rows": "layouts",
     "Schedule": "schedule",
     "ScheduleError": "errors",
     "Topology": "topology",
@@ -48,6 +49,7 @@ __all__ = [
     "MismatchError",
     "PeerTimeoutError",
     "Ring",
+    "Rows",
     "Schedule",
     "ScheduleError",
     "Topology",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
         decomposed_reduce_scatter,
         reduce_scatter_steps,
     )
+    from tasp_coll.layouts import Rows
     from tasp_coll.links import Link
     from tasp_coll.rings import Ring
     from tasp_coll.schedule import Schedule, Transfer, plan

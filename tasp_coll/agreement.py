@@ -28,7 +28,7 @@ _PREPARED = 32
 
 
 class Header(NamedTuple):
-    """What a rank says of its call; -1 where there is nothing to say."""
+    """What a rank says of its call; -1 where there is nothing to say. Streams use the last two in their own way."""
 
     signature: bytes
     payload: int = NOT_INLINE  # bytes that follow

@@ -112,11 +112,12 @@ def overlap(a: Buffer, b: Buffer) -> bool:
     return a_start < b_stop and b_start < a_stop
 
 
-def memory_at(address: int, nbytes: int) -> NDArray:
-    """The bytes at an address, (nbytes,) uint8. Keeps nothing alive: for as long as the caller knows it to be."""
+def memory_at(address: int, nbytes: int, owner: Any = None) -> NDArray:
+    """The bytes at an address, (nbytes,) uint8. Keeps nothing alive but `owner`: the rest is up to the caller."""
     if not nbytes:
         return np.empty(0, np.uint8)
     memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    memory.owner = owner
     return np.frombuffer(memory, np.uint8)
 
 

@@ -18,16 +18,20 @@ from tasp_coll.core import SLOTS, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
-from tasp_coll.transport.loopback import LoopbackTransport
 
 DEFAULT_TIMEOUT = 600.0
 _WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def connect(group: Any, timeout: float) -> Transport:
-    """The transport between the ranks of `group`: None (all of MPI), an mpi4py communicator, or a loopback rank."""
-    if isinstance(group, LoopbackTransport):
-        return group.duplicate()
+    """The transport between the ranks of `group`: None (all of MPI), an mpi4py communicator, or a loopback rank.
+
+    Or another transport, which has a `duplicate` too.
+    """
+    duplicate = getattr(group, "duplicate", None)
+    if callable(duplicate):
+        made: Transport = duplicate()
+        return made
     if group is not None and not type(group).__module__.startswith("mpi4py"):
         raise ArgumentTypeError(
             "group must be None, an mpi4py.MPI.Intracomm or a loopback transport, got "

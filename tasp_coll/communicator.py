@@ -27,8 +27,11 @@ from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, Re
 from tasp_coll.core import Core
 from tasp_coll.engine import Engine, abandon_busy
 from tasp_coll.errors import ArgumentError, CollectiveError
+from tasp_coll.forecast import Case, seconds_of
+from tasp_coll.links import is_integer
+from tasp_coll.openings import ACCUMULATE, REVERSE
 from tasp_coll.operations import Collective
-from tasp_coll.options import Options
+from tasp_coll.options import ALGORITHMS, Options
 from tasp_coll.schedule import Schedule
 from tasp_coll.simulate import software_costs
 from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce
@@ -198,7 +201,13 @@ class Communicator:
     # --- step by step
 
     def allgather_steps(
-        self, send: Any, *, algorithm: str = "auto", rings: int | None = None, reverse: bool = False
+        self,
+        send: Any,
+        *,
+        algorithm: str = "auto",
+        rings: int | None = None,
+        reverse: bool = False,
+        donate: bool = False,
     ) -> GatherStream:
         """AllGather one step at a time: while you work on a step, the next one travels.
 
@@ -207,14 +216,27 @@ class Communicator:
                     work(chunk.data)                  # rows start..stop of source's shard, valid until the next step
 
         Step 0 brings this rank's own chunks, then n-1 steps the others'; reverse: in the opposite direction round
-        each ring. Shards are cut by whole rows; axis 0 may differ by rank; empty chunks are left out. Read `data`
-        only. Leaving the loop early ends it properly; `close()` does the same. Up to 7 streams may be open at once,
-        opened in the same order on all ranks. Memory: two steps' chunks.
-        """
-        options = Options(algorithm, rings, extra="reverse" if reverse else "")
-        return open_gather(self._core, send, options)
+        each ring. Shards are cut by whole rows; axis 0 may differ by rank; empty chunks are left out.
 
-    def reduce_scatter_steps(self, recv: Any, *, algorithm: str = "auto", rings: int | None = None) -> ReduceStream:
+        `arrival.data` is all chunks of the step as one array, in the order of `arrival.chunks` (by source, then ring);
+        where they do not lie together, as with "hierarchical", it is None. Read both only, and look at them before you
+        ask for the next step: they are views (copies for JAX, made when you look). `arrival.began` and `.ended` say
+        when it travelled, in `time.perf_counter()` seconds. The stream's `layout` tells from the start what each step
+        brings: per step `Rows` (source, ring, start, stop), as `arrivals` of the stream's `schedule` does for any rank.
+
+        Memory: two steps' chunks, beside send. donate: send's memory is given away, undefined afterwards; where all
+        shards are equal the stream then needs memory for one step more than send. It must be contiguous and writable,
+        and may be donated on some ranks and not on others.
+
+        Leaving the loop early ends it properly; `close()` does the same. Up to 7 streams may be open at once, opened
+        in the same order on all ranks.
+        """
+        options = Options(algorithm, rings, extra=REVERSE if reverse else "")
+        return open_gather(self._core, send, options, bool(donate))
+
+    def reduce_scatter_steps(
+        self, recv: Any, *, algorithm: str = "auto", rings: int | None = None, accumulate: bool = False
+    ) -> ReduceStream:
         """The mirror image: each step asks for this rank's contribution to other ranks' sums, own chunks last.
 
             for request in comm.reduce_scatter_steps(grad):
@@ -224,8 +246,37 @@ class Communicator:
         Step t asks for the chunks that `allgather_steps(reverse=True)` brings at step t+1. What is filled is added
         to what the ranks before gathered and travels on while the next is filled; recv, this rank's shard (its axis 0
         may differ by rank), holds the sums after the loop. Fill all of `data`; what it holds before is undefined.
+
+        accumulate: `data` holds what the ranks before added up (zeros at step 0): add your part to it, in place. Only
+        bytes travel, so any dtype will do, and sums are as precise as recv's dtype and your additions. A step is
+        handed over when that sum has come; the last one's data is recv itself, in use from the start. On rings only
+        ("rings", "ring"; "auto" takes the better); the same on all ranks. Memory: two steps' chunks.
+
+        `request.data`, `.began`, `.ended` (with accumulate) and `layout` are as in `allgather_steps`.
         """
-        return open_reduce(self._core, recv, Options(algorithm, rings))
+        options = Options(algorithm, rings, extra=ACCUMULATE if accumulate else "")
+        return open_reduce(self._core, recv, options)
+
+    # --- what it takes
+
+    def predicted_seconds(
+        self, shard_bytes: int, algorithm: str = "auto", *, collective: str = "allgather"
+    ) -> float | None:
+        """What the cost model says that a collective with shards of so many bytes takes, the same on all ranks.
+
+        algorithm: as in the collectives; "auto": the fastest. collective: "allgather", "reduce_scatter" or
+        "allreduce". None if no topology was named, so that nothing is known of its links, or if the algorithm cannot
+        run on it. No communication.
+        """
+        if algorithm not in ALGORITHMS:
+            raise ArgumentError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        if collective not in tuning.TUNED_COLLECTIVES:
+            raise ArgumentError(f"collective must be one of {', '.join(tuning.TUNED_COLLECTIVES)}, got {collective!r}")
+        if not is_integer(shard_bytes) or shard_bytes < 0:
+            raise ArgumentError(f"shard_bytes must be an integer >= 0, got {shard_bytes!r}")
+        if not self._core.situation.given:
+            return None
+        return seconds_of(Case(self.topology, collective, int(shard_bytes), costs=self._core.chooser.costs), algorithm)
 
     # --- upkeep
 

@@ -43,6 +43,11 @@ class Measured:
         """Number of ranks."""
         return len(self.alone)
 
+    @property
+    def pairs(self) -> NDArray[np.bool_]:
+        """Where the figures of pairs are: everywhere but on the diagonal."""
+        return ~np.eye(self.ranks, dtype=bool)
+
 
 def infer(measured: Measured) -> Topology:
     """The topology that explains the figures: a full mesh, one switch, or several equal nodes of either kind.
@@ -55,7 +60,7 @@ def infer(measured: Measured) -> Topology:
     n = measured.ranks
     if n == 1:
         return Topology("discovered: one rank", 1)
-    pairs = ~np.eye(n, dtype=bool)
+    pairs = measured.pairs
     own = measured.together >= _OWN * measured.alone
     if own[pairs].mean() >= _NEARLY_ALL:
         return _mesh(measured)
@@ -82,7 +87,7 @@ def _median(values: Rates) -> float:
 
 def _mesh(measured: Measured) -> Topology:
     n = measured.ranks
-    pairs = ~np.eye(n, dtype=bool)
+    pairs = measured.pairs
     latency = _median(measured.latency_us[pairs])
     rates = _classes(measured.alone, pairs)
     if len(np.unique(rates[pairs])) == 1:
@@ -104,8 +109,8 @@ def _classes(rates: Rates, pairs: NDArray[np.bool_]) -> Rates:
 
 def _switch(measured: Measured) -> Topology:
     n = measured.ranks
-    pairs = ~np.eye(n, dtype=bool)
-    rate, latency = _port(measured, np.ones((n, n), bool) & pairs), _median(measured.latency_us[pairs]) / 2
+    pairs = measured.pairs
+    rate, latency = _port(measured, pairs), _median(measured.latency_us[pairs]) / 2
     links = tuple(_star("switch0", range(n), rate, latency))
     return Topology(f"discovered: {n} on one switch", n, ("switch0",), links)
 
@@ -130,7 +135,7 @@ def _star(switch: str, ranks: Sequence[int], rate: float, latency: float) -> lis
 def _groups(measured: Measured, own: NDArray[np.bool_]) -> list[list[int]] | None:
     """Equal parts of the ranks, inside which pairs are close: faster by a clear step, or with links of their own."""
     n = measured.ranks
-    pairs = ~np.eye(n, dtype=bool)
+    pairs = measured.pairs
     step = math.sqrt(float(measured.alone[pairs].min() * measured.alone[pairs].max()))
     for close in (measured.alone > step, own & pairs):
         parts: list[list[int]] = []
@@ -155,7 +160,7 @@ def _nodes(measured: Measured, own: NDArray[np.bool_], groups: list[list[int]]) 
     for group in groups:
         inside[np.ix_(group, group)] = True
     outside = ~inside
-    inside &= ~np.eye(n, dtype=bool)
+    inside &= measured.pairs
     nic, far = _port(measured, outside), _median(measured.latency_us[outside]) / 2
     near = _median(measured.latency_us[inside])
     switches: tuple[str, ...] = ()

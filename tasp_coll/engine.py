@@ -23,10 +23,9 @@ from tasp_coll.errors import (
     TopologyError,
 )
 from tasp_coll.transport import Transport
-from tasp_coll.work import CHECK_POLLS, Operation, Watch, Work
+from tasp_coll.work import CHECK_POLLS, Operation, Patience, Watch, Work
 
 _GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
-_NAP_SECONDS = 5e-5
 # Raised before any data moved, on all ranks alike: the communicator can go on.
 _HARMLESS = (ArgumentError, MismatchError, ScheduleError, TopologyError)
 
@@ -109,13 +108,13 @@ class Engine:
             if not self.busy:
                 _busy.discard(self)
 
-    def drive(self, until: Callable[[], bool], operation: Operation) -> None:
-        """Make progress until `until()`, with the timeout; for callers that wait."""
+    def drive(self, until: Callable[[], bool], operation: Operation, *, patient: bool = False) -> None:
+        """Make progress until `until()`, with the timeout; for callers that wait. patient: see `Watch`."""
         with self._wake:
             self._waiters += 1
         try:
             with self.lock:
-                watch = Watch(self, operation)
+                watch = Watch(self, operation, patient=patient)
                 while not until():
                     if self.broken:
                         raise CollectiveError(self.broken)
@@ -297,6 +296,7 @@ def _waker(wake: threading.Condition) -> Callable[[object], None]:
 
 def _background(target: weakref.ref[Engine], wake: threading.Condition) -> None:
     """The background thread. It does not keep a forgotten communicator alive."""
+    patience = Patience()
     while True:
         with wake:
             wake.wait_for(lambda: (engine := target()) is None or engine.wants_attention)
@@ -305,5 +305,7 @@ def _background(target: weakref.ref[Engine], wake: threading.Condition) -> None:
             return
         moved = engine.background_turn()
         del engine
-        if not moved:
-            time.sleep(_NAP_SECONDS)
+        if moved:
+            patience.end()
+        else:
+            time.sleep(patience.nap())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import perf_counter
 from typing import NamedTuple
 
 from tasp_coll.transport import Batch, Op, Transport
@@ -65,9 +66,30 @@ class Program:
     layout: tuple[tuple[Piece, ...], ...] = ()
 
     @cached_property
+    def groups(self) -> dict[int, object]:
+        """The mark that a node belongs to."""
+        return {index: name for name, group in self.marks.items() for index in group}
+
+    @cached_property
+    def stretches(self) -> tuple[Place | None, ...]:
+        """Where all that the caller handles at a step lies one after another; None where it does not."""
+        return tuple(_together([piece.place for piece in pieces]) for pieces in self.layout)
+
+    @cached_property
     def free_running(self) -> bool:
         """Nothing waits for anything, and nobody for a part: all operations can start at once."""
         return not self.gates and not self.marks and not any(self.waits) and all(n.action is None for n in self.nodes)
+
+
+def _together(places: Sequence[Place]) -> Place | None:
+    if not places:
+        return Place("stage", 0, 0)
+    region, at = places[0][:2]
+    for place in places:
+        if place[:2] != (region, at):
+            return None
+        at += place.nbytes
+    return Place(region, places[0].offset, at - places[0].offset)
 
 
 class Builder:
@@ -150,12 +172,18 @@ class Exchange:
 
 
 class Flow:
-    """One run of an exchange. `poll` makes progress; `done` says that all nodes are complete."""
+    """One run of an exchange. `poll` makes progress; `done` says that all nodes are complete.
+
+    `began` and `ended`: by mark, `time.perf_counter()` when the first of its messages was started, and when all of its
+    nodes were complete.
+    """
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
         program = exchange.program
         self.done = False
+        self.began: dict[object, float] = {}
+        self.ended: dict[object, float] = {}
         self._bulk = program.free_running
         if self._bulk:
             exchange.batch.start_all()
@@ -163,6 +191,8 @@ class Flow:
         self.complete = [False] * len(program.nodes)
         self._waits = list(program.waits)
         self._left = len(program.nodes)
+        self._groups = program.groups
+        self._unmet = {name: len(group) for name, group in program.marks.items()}
         self._lanes = _lanes(program)
         self._ready: list[int] = []
         gates = set(program.gates.values())
@@ -179,7 +209,7 @@ class Flow:
 
     def reached(self, mark: object) -> bool:
         """Whether all nodes of a group are complete."""
-        return all(self.complete[index] for index in self.exchange.program.marks.get(mark, ()))
+        return mark in self.ended or mark not in self.exchange.program.marks
 
     def poll(self) -> bool:
         """Make progress; whether there was any."""
@@ -214,6 +244,8 @@ class Flow:
             node = program.nodes[index]
             self.complete[index] = True
             self._left -= 1
+            if index in self._groups:
+                self._count(self._groups[index])
             if node.action is not None:
                 node.action(self.exchange)
             for follower in program.feeds[index]:
@@ -225,9 +257,18 @@ class Flow:
                         self._reach(follower)
         self.done = not self._left
 
+    def _count(self, mark: object) -> None:
+        self._unmet[mark] -= 1
+        if not self._unmet[mark]:
+            self.ended[mark] = perf_counter()
+
     def _start(self) -> None:
         if self._ready:
             ready, self._ready = self._ready, []
+            if self._groups:
+                now = perf_counter()
+                for index in ready:
+                    self.began.setdefault(self._groups.get(index), now)
             self.exchange.batch.start([self.exchange.number[index] for index in ready])
 
 

@@ -115,6 +115,17 @@ def call_seconds(case: Case, choice: Choice, asked: str) -> float | None:
     return agreed.seconds + (moved.seconds if moved else 0.0)
 
 
+@lru_cache(maxsize=512)
+def seconds_of(case: Case, algorithm: str) -> float | None:
+    """What one algorithm takes, or with "auto" the fastest; None for what cannot be planned here."""
+    if algorithm == "auto":
+        found = forecasts(case)
+        return fastest(found).prediction.seconds if found else None
+    choice = choice_of(algorithm, case.collective, case.topology.ranks, case.shard_bytes)
+    prediction = forecast(case, choice)
+    return None if prediction is None else prediction.seconds
+
+
 def _choices(case: Case) -> list[Choice]:
     """Where messages cost something, with fewer rings or slices too: that pays where links are not all there is."""
     ranks, found = case.topology.ranks, []

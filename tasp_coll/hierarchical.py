@@ -77,7 +77,7 @@ class HierarchicalPattern:
 
     def transfers(self, step: int) -> Rows:
         node, position = self.place.T[:, :, None]
-        along = self.moves_along[self.moves_along[:, 0] == step]
+        along = self.moves_along[step : step + 1]  # one in every step but the last
         first, last = np.searchsorted(self.moves_inside[:, 0], (step, step + 1))
         inside = self.moves_inside[first:last]
         return np.concatenate([self._sent(node, position, 1, along), self._sent(node, position, 0, inside)])

@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from tasp_coll.cutbound import ring_width_bound, whole_rates
+from tasp_coll.links import breadth_first, neighbours, order
 from tasp_coll.topology import Topology
 
 Hop = tuple[int, int]
@@ -110,15 +111,5 @@ def hops_of(cycle: Sequence[int]) -> Iterator[Hop]:
 
 def _is_connected(ranks: int, hops: Sequence[Hop]) -> bool:
     """Whether hops lead from rank 0 to all others and back."""
-    for forward in (0, 1):
-        table: dict[int, list[int]] = {}
-        for hop in hops:
-            table.setdefault(hop[forward], []).append(hop[1 - forward])
-        seen, queue = {0}, [0]
-        for rank in queue:
-            fresh = [other for other in table.get(rank, ()) if other not in seen]
-            seen.update(fresh)
-            queue += fresh
-        if len(seen) < ranks:
-            return False
-    return True
+    ways = hops, [hop[::-1] for hop in hops]
+    return all(len(breadth_first(neighbours(way), 0, order, through_ranks=True)) == ranks for way in ways)

@@ -78,14 +78,17 @@ class LinkError(TopologyError):
 
 
 def is_integer(value: object) -> bool:
+    """Whether it is an integer of any kind, but no bool."""
     return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def is_count(value: Any) -> bool:
+    """Whether it is an integer of at least 1."""
     return is_integer(value) and bool(value >= 1)
 
 
 def is_node(node: Any, ranks: int, switches: Iterable[str]) -> bool:
+    """Whether it is a rank below `ranks` or one of the switches."""
     return node in switches if isinstance(node, str) else is_integer(node) and 0 <= int(node) < ranks
 
 
@@ -116,6 +119,7 @@ def rate_fault(GBps: object, latency_us: object) -> tuple[str, str] | None:
 
 
 def check_nodes(name: object, ranks: object, switches: object) -> None:
+    """TopologyError for a bad name, number of ranks or list of switches."""
     if not isinstance(name, str):
         raise TopologyError(f"name must be a string, got {name!r}")
     if not is_count(ranks):
@@ -180,6 +184,7 @@ def _check_connected(ranks: int, links: Sequence[Link]) -> None:
 
 
 def neighbours(arcs: Iterable[tuple[Node, Node]]) -> dict[Node, list[Node]]:
+    """The heads of the arcs that leave each node."""
     table: dict[Node, list[Node]] = {}
     for u, v in arcs:
         table.setdefault(u, []).append(v)

@@ -31,7 +31,7 @@ from tasp_coll.hops import Hops, hops_of
 from tasp_coll.links import Link
 from tasp_coll.nodes import connected_parts, nodes_of
 from tasp_coll.ring_solver import RingSolver
-from tasp_coll.rings import Decomposition, Ring
+from tasp_coll.rings import Decomposition, Ring, turned
 from tasp_coll.single_ring import single_ring
 from tasp_coll.topology import Topology
 from tasp_coll.widths import Widths, best_widths
@@ -100,7 +100,7 @@ def _simple(hops: Hops) -> Packed:
     """What needs no solver."""
     forms = _forms(hops)
     single = single_ring(hops, forms)
-    return _widened(hops, [*forms, single, single[:1] + single[:0:-1]])
+    return _widened(hops, [*forms, single, turned(single)])
 
 
 def _forms(hops: Hops) -> list[Cycle]:

@@ -1,8 +1,8 @@
 """From a schedule to one rank's program: which bytes each message takes, and what has to happen before it.
 
-Four programs: a gather straight into the result, a reduce-scatter through staging memory, and the two step-wise
-forms in which the caller consumes what arrives, or fills what leaves, one step at a time. A received chunk is sent on
-from where it lies. On rings staging is two chunks for each lane: one in use, one arriving.
+A gather goes straight into the result, a reduce-scatter (`reduce_programs`) through staging memory; in the step-wise
+forms (`slabs`) the caller consumes what arrives, or fills what leaves, one step at a time. A received chunk is sent on
+from where it lies.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
 from tasp_coll.executor import Builder, Node, Piece, Place, Program
+from tasp_coll.layouts import Key
 from tasp_coll.schedule import Schedule, cut
 
 ALIGN = 64  # bytes: a cache line, and a multiple of every item size that can be reduced
 HALVED = 1 << 16  # bytes from which a chunk on a ring travels as two messages
 WINDOW = 8  # receives posted ahead on a lane; more only lengthen MPI's queues
 
-Key = tuple[int, int]  # origin, chunk
 Move = tuple[int, bool, int, Key, int]  # step, send, peer, key, lane
 U = TypeVar("U")
 
@@ -117,13 +117,8 @@ def all_to_all_program(schedule: Schedule, rank: int, block: int) -> Program:
     return builder.build()
 
 
-def gather_steps_program(schedule: Schedule, rank: int, rows: Sequence[int], row_bytes: int) -> Program:
-    """AllGather whose arrivals lie in "stage" until the caller opens gate ("release", step). rows: of each shard.
-
-    Mark ("arrived", step) holds the receives of a step. The layout has the rank's own shard first, then what each
-    step brings.
-    """
-    cuts = Cuts.of(schedule, rows, row_bytes, 1)
+def kept_gather_program(schedule: Schedule, rank: int, cuts: Cuts, row_bytes: int) -> Program:
+    """AllGather step by step, as `slabs.gather_steps_program`, of chunks that are wanted for many steps."""
     builder = Builder()
     arrived: dict[Key, tuple[int, Place]] = {}
     forwards: dict[Key, list[int]] = defaultdict(list)
@@ -152,9 +147,9 @@ def gather_steps_program(schedule: Schedule, rank: int, rows: Sequence[int], row
         after = []
         if before is not None:
             old_step, old_key = before
-            after = [builder.gate(("release", old_step), old_step), *forwards[old_key]]
+            after = [builder.gate(("release", old_step + 1), old_step), *forwards[old_key]]
         arrived[key] = builder.add(Node(step, peer, lane, False, place), after), place
-        builder.mark(("arrived", step), arrived[key][0])
+        builder.mark(("arrived", step + 1), arrived[key][0])
         layout[step + 1].append(piece(schedule, cuts, row_bytes, key, place))
     return builder.build(layout)
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tasp_coll.executor import Action, Builder, Exchange, Node, Piece, Place, Program
-from tasp_coll.programs import ALIGN, Cuts, Key, Move, Slots, Use, moves, own_keys, piece
+from tasp_coll.layouts import Key
+from tasp_coll.programs import ALIGN, Cuts, Move, Slots, Use, moves, own_keys
 from tasp_coll.reduction import Reduction
 from tasp_coll.schedule import Schedule
+from tasp_coll.slabs import handled, layout, slabs
 
 
 @dataclass
@@ -49,34 +51,29 @@ def reduce_steps_program(
     """
     row_bytes = row_elements * how.itemsize
     cuts = Cuts.of(schedule, rows, row_bytes, 1)
-    steps: list[list[Key]] = [[] for _ in range(schedule.pattern.steps + 1)]
-    for step, is_send, _, key, _ in moves(schedule, rank, cuts):
-        if is_send:
-            steps[step].append(key)
-    steps[-1] += own_keys(schedule, rank, cuts)
-    filled = {key: step for step, keys in enumerate(steps) for key in keys}
-    half = max(sum(_aligned(cuts.nbytes(key)) for key in keys) for keys in steps)
-    places: dict[Key, Place] = {}
-    for step, keys in enumerate(steps):
-        at = step % 2 * half
-        for key in keys:
-            places[key] = Place("stage", at, cuts.nbytes(key))
-            at += _aligned(cuts.nbytes(key))
-    compiler = _ReduceCompiler(schedule, rank, cuts, how, lambda key: Own(places[key], filled[key]))
-    compiler.builder.stage(2 * half)  # first, so that the places above begin at 0
-    return compiler.compile([[piece(schedule, cuts, row_bytes, key, places[key]) for key in keys] for keys in steps])
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
+    requests = handled(schedule, rank, cuts)
+    filled = {key: step for step, keys in enumerate(requests) for key in keys}
+    builder = Builder()
+    places = slabs(builder, cuts, requests, ["stage"] * len(requests))
+    own = {key: Own(place, filled[key]) for key, place in places.items()}
+    compiler = _ReduceCompiler(schedule, rank, cuts, how, own.__getitem__, builder)
+    return compiler.compile(layout(schedule, cuts, row_bytes, requests, places))
 
 
 class _ReduceCompiler:
     """Builds a reduce-scatter's program; `own` tells where this rank's contributions are."""
 
-    def __init__(self, schedule: Schedule, rank: int, cuts: Cuts, how: Reduction, own: Callable[[Key], Own]) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        cuts: Cuts,
+        how: Reduction,
+        own: Callable[[Key], Own],
+        builder: Builder | None = None,
+    ) -> None:
         self.schedule, self.rank, self.cuts, self.how, self.own = schedule, rank, cuts, how, own
-        self.builder = Builder()
+        self.builder = builder or Builder()
         # In a direct exchange contributions travel as they are; elsewhere partial sums do, in the wire's dtype.
         self.direct = schedule.algorithm == "direct"
         self.widening = how.itemsize != how.wire_itemsize

@@ -15,6 +15,7 @@ from typing import Any
 from tasp_coll.errors import TopologyError
 from tasp_coll.hamilton import Cycle
 from tasp_coll.hops import Hop, Hops, hops_of
+from tasp_coll.rings import turned
 
 # In CP-SAT's deterministic seconds, each some seconds of a core: of one call, and of all.
 _PACKING_EFFORT, _ALL_PACKING = 0.4, 0.9
@@ -76,7 +77,7 @@ class RingSolver:
             room = {hop: min((capacities[link] for link in routes[hop]), default=0) for hop in hops if hop[0] == 0}
             _break_symmetry(model, rings, room)
         while found := self._solved(model, rings, self._packing):
-            every = [both for ring in found for both in (ring, _turned(ring))[: 1 + paired]]
+            every = [both for ring in found for both in (ring, turned(ring))[: 1 + paired]]
             twins = _twins(every) if distinct else None
             if twins is None:
                 return every
@@ -138,10 +139,6 @@ def _cycle(following: Mapping[int, int]) -> Cycle:
     while (rank := following[cycle[-1]]) != 0:
         cycle.append(rank)
     return tuple(cycle)
-
-
-def _turned(cycle: Cycle) -> Cycle:
-    return cycle[:1] + cycle[:0:-1]
 
 
 def _twins(cycles: Sequence[Cycle]) -> tuple[int, int] | None:

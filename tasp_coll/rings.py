@@ -19,7 +19,7 @@ class Ring:
 
     def reversed(self) -> Ring:
         """The same ring in the opposite direction, from the same first rank."""
-        return Ring(self.ranks[:1] + self.ranks[:0:-1], self.weight)
+        return Ring(turned(self.ranks), self.weight)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Decomposition:
     def backward(self) -> tuple[Ring, ...]:
         """Rings that keep the promise when their transfers are turned round, as a reduction's are."""
         return self.rings if self.reversible else tuple(ring.reversed() for ring in self.rings)
+
+
+def turned(cycle: tuple[int, ...]) -> tuple[int, ...]:
+    """A cycle in the opposite direction, from the same first rank."""
+    return cycle[:1] + cycle[:0:-1]
 
 
 def equal_rings(cycles: Iterable[Iterable[int]]) -> tuple[Ring, ...]:

@@ -22,6 +22,7 @@ import numpy as np
 from tasp_coll.decomposition import decomposition_of
 from tasp_coll.errors import ArgumentError, ScheduleError, TopologyError
 from tasp_coll.hierarchical import OTHERS, HierarchicalPattern, capacity_share
+from tasp_coll.layouts import Layout, chunks_by_step, layout_of
 from tasp_coll.nodes import nodes_of
 from tasp_coll.patterns import (
     AllToAllPattern,
@@ -148,6 +149,24 @@ class Schedule:
             replace(self, collective="reduce_scatter", pattern=first),
             replace(self, collective="allgather", pattern=second),
         )
+
+    def arrivals(self, rank: int, rows: Sequence[int]) -> Layout:
+        """What each step brings to `rank`, its own chunks first: the `layout` of `Communicator.allgather_steps`.
+
+        rows: of each rank's shard (rows of no bytes never travel). Per step `Rows` (source, ring, start, stop), sorted;
+        empty chunks are left out. For a reversed sweep ask the schedule that was planned with reverse=True; that of a
+        reduce_scatter says what `reduce_scatter_steps` asks for, own chunks last: the same rows as in the reversed
+        sweep, each one step earlier, where that comes from rings or slices.
+
+        Raises ScheduleError for other collectives, and ArgumentError for bad arguments.
+        """
+        if self.collective not in ("allgather", "reduce_scatter"):
+            raise ScheduleError(f"only allgather and reduce_scatter go step by step, this is an {self.collective}")
+        if not 0 <= rank < self.ranks:
+            raise ArgumentError(f"rank must be from 0 to {self.ranks - 1}, got {rank!r}")
+        bounds = [cut(count, self.weights) for count in _check_counts(rows, self.ranks, "rows")]
+        steps = chunks_by_step(self.pattern, rank, self.chunks, self.collective == "allgather")
+        return layout_of(steps, bounds, bool(self.rings))
 
     def verify(self, method: str = "auto") -> str:
         """Prove the schedule; raises `ScheduleError` that names step, rank, ring and chunk of the first fault.
@@ -276,12 +295,12 @@ def _check_collective(collective: str) -> None:
         raise ArgumentError(f"collective must be one of {', '.join(COLLECTIVES)}, got {collective!r}")
 
 
-def _check_counts(counts: Sequence[int], ranks: int) -> tuple[int, ...]:
+def _check_counts(counts: Sequence[int], ranks: int, name: str = "counts") -> tuple[int, ...]:
     rows = tuple(counts)
     if len(rows) != ranks or not all(
         isinstance(row, (int, np.integer)) and not isinstance(row, bool) and row >= 0 for row in rows
     ):
-        raise ArgumentError(f"counts must be {ranks} integers >= 0, one per rank, got {counts!r}")
+        raise ArgumentError(f"{name} must be {ranks} integers >= 0, one per rank, got {counts!r}")
     return tuple(int(row) for row in rows)
 
 

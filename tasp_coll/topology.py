@@ -234,6 +234,14 @@ class Topology:
         return self._routes[src, through_ranks]
 
 
+def turned(topology: Topology) -> Topology:
+    """`topology` with every link the other way round: its all-gather bound is the reduce-scatter bound of the first."""
+    if topology.is_full_mesh or topology.is_single_switch:
+        return topology
+    links = tuple(Link(link.target, link.source, link.GBps, link.latency_us) for link in topology.links)
+    return Topology(topology.name, topology.ranks, topology.switches, links)
+
+
 def read_named(value: object) -> Topology:
     """The topology that a preset's spec or a path of a file names; a spec wins over a file of that name."""
     from tasp_coll.presets import KNOWN_SPECS, is_preset

@@ -10,6 +10,9 @@ from tasp_coll.errors import CollectiveError, PeerTimeoutError
 from tasp_coll.transport import Transport
 
 CHECK_POLLS = 64  # idle polls between looks at the clock
+_EAGER_POLLS = 256
+_NAP_SECONDS, _LONGEST_NAP_SECONDS = 5e-5, 2e-3
+_NAP_SHARE = 1 / 16
 
 
 class Operation(Protocol):
@@ -37,7 +40,7 @@ class Driver(Protocol):
     timeout: float
     transport: Transport
 
-    def drive(self, until: Callable[[], bool], operation: Operation) -> None:
+    def drive(self, until: Callable[[], bool], operation: Operation, *, patient: bool = False) -> None:
         """Make progress until then."""
 
     def nudge(self) -> None:
@@ -100,11 +103,34 @@ class Work:
         self._error, self.done = error, True
 
 
-class Watch:
-    """Ends a wait without progress: by the timeout, or when a peer's alarm says that it has given up."""
+class Patience:
+    """How long to sleep between polls: a share of the time that nothing has come, so that waiting costs little of
+    either time or cores, which others may need to compute."""
 
-    def __init__(self, engine: Driver, operation: Operation) -> None:
-        self._engine, self.operation = engine, operation
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def nap(self) -> float:
+        """Seconds, after a poll without progress."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        return min(max((now - self._since) * _NAP_SHARE, _NAP_SECONDS), _LONGEST_NAP_SECONDS)
+
+    def end(self) -> None:
+        """Something came."""
+        self._since = None
+
+
+class Watch:
+    """Ends a wait without progress: by the timeout, or when a peer's alarm says that it has given up.
+
+    patient: what is waited for takes its time, and other ranks may be computing on this core meanwhile.
+    """
+
+    def __init__(self, engine: Driver, operation: Operation, *, patient: bool = False) -> None:
+        self._engine, self.operation, self._patient = engine, operation, patient
+        self._patience = Patience()
         self.idle = 0
         self._since = 0.0
 
@@ -113,7 +139,12 @@ class Watch:
         self.idle += 1
         if self.idle % CHECK_POLLS == 0:
             self.look(restart=self.idle == CHECK_POLLS)
-        self._engine.transport.pause(self.idle)
+        if self.idle == 1:
+            self._patience.end()
+        if self._patient and self.idle > _EAGER_POLLS:
+            time.sleep(self._patience.nap())
+        else:
+            self._engine.transport.pause(self.idle)
 
     def look(self, restart: bool = False) -> None:
         """Raise PeerTimeoutError if it is time."""

@@ -16,10 +16,11 @@ import launch
 _cache = tempfile.TemporaryDirectory(prefix="tasp-coll-tests-")
 os.environ["TASP_COLL_CACHE"] = _cache.name
 
-# tests/mpi is written for the ranks of an MPI job: test_mpi.py starts it at several world sizes.
-collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["mpi"]
+# Written for the ranks of an MPI job: test_mpi.py and test_attention_transformers.py start them at several world sizes.
+collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["mpi", "mpi_transformers"]
 
-settings.register_profile("shared-machine", deadline=None)
+# In CI the examples are the same every time, so that a failure is the change's; elsewhere they are new every time.
+settings.register_profile("shared-machine", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("shared-machine")
 
 

@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -628,18 +628,24 @@ def test_nobody_waits_for_an_operation_that_cannot_end() -> None:
     silent(3, body)
 
 
-def test_a_rank_that_stops_in_the_middle_of_a_stream() -> None:
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_rank_that_stops_in_the_middle_of_a_stream(accumulate: bool) -> None:
     """It has staging for two steps; those that wait for the third say who holds them up."""
 
+    def opened(comm: Communicator) -> Iterator[object]:
+        if accumulate:
+            return comm.reduce_scatter_steps(ones(100), accumulate=True)
+        return comm.allgather_steps(ones(100), donate=comm.rank % 2 == 0)
+
     def body(comm: Communicator) -> None:
-        error = attempt(lambda: list(comm.allgather_steps(ones(100))))
-        blames(error, "allgather_steps")
+        error = attempt(lambda: list(opened(comm)))
+        blames(error, "reduce_scatter_steps" if accumulate else "allgather_steps")
         assert isinstance(error, PeerTimeoutError)
         assert error.step is not None
         unusable(comm)
 
     def quiet(comm: Communicator) -> None:
-        quiet.stream = comm.allgather_steps(ones(100))  # type: ignore[attr-defined]
+        quiet.stream = opened(comm)  # type: ignore[attr-defined]
         next(quiet.stream)  # type: ignore[attr-defined]
 
     silent(6, body, quiet)

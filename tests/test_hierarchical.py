@@ -18,10 +18,10 @@ from loopback_ranks import on_ranks
 from tasp_coll import ArgumentError, Communicator, MismatchError, ScheduleError, TopologyError, plan
 from tasp_coll.hierarchical import OWN, HierarchicalPattern, slices_for
 from tasp_coll.loads import chunk_units, step_load
-from tasp_coll.programs import gather_steps_program
 from tasp_coll.reduce_programs import reduce_program
 from tasp_coll.reduction import reduction
 from tasp_coll.schedule import Schedule
+from tasp_coll.slabs import gather_steps_program
 from test_nodes import rail_cluster
 from test_schedule import replay
 

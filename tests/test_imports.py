@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "decomposition": (
         *("rings", "hamilton", "two_level", "hops", "widths", "single_ring", "ring_solver", "packing", "decomposition"),
     ),
-    "schedule": ("patterns", "hierarchical", "schedule"),
+    "schedule": ("patterns", "hierarchical", "layouts", "schedule"),
     "verify": ("loads", "verify"),
     "simulate": (
         "simulate_links",
@@ -35,12 +35,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "arrays": ("frameworks", "arrays", "reduction"),
     "transport": ("transport", "transport.loopback", "transport.mpi"),
-    "executor": ("executor", "programs", "reduce_programs"),
+    "executor": ("executor", "programs", "slabs", "reduce_programs"),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "core"),
     "bootstrap": ("bootstrap",),
-    "collectives": ("options", "operations", "collectives", "streams"),
+    "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
     "communicator": ("communicator", "functions", "probe"),
 }
 ORDER = [module for room in ROOMS.values() for module in room]

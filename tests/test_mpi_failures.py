@@ -82,6 +82,10 @@ for what, comm in comms.items():
         watched(poll, timeout, what)
     elif what == "small":
         watched(lambda: comm.decomposed_allreduce(x[:3]), timeout, what)
+    elif what == "accumulate":
+        watched(lambda: sum(1 for _ in comm.reduce_scatter_steps(x, accumulate=True)), timeout, what)
+    elif what == "donate":
+        watched(lambda: sum(1 for _ in comm.allgather_steps(x, donate=True)), timeout, what)
     elif what == "stream":
         watched(lambda: sum(1 for _ in comm.reduce_scatter_steps(x)), timeout, what)
     else:
@@ -100,7 +104,7 @@ sys.exit(3)
 
 def test_a_rank_that_never_calls_is_named(mpirun: MpiRun) -> None:
     """It sleeps; the job ends with the others' failure, not with its nap."""
-    waits = ("rings", "native", "small", "steps", "stream", "wait", "test")
+    waits = ("rings", "native", "small", "steps", "stream", "accumulate", "donate", "wait", "test")
     ended = run(mpirun, 2, SILENT, *waits)
     assert ended.returncode != 0
     for what in (*waits, "Communicator"):

@@ -11,11 +11,11 @@ import pytest
 
 import tasp_coll
 from loopback_ranks import on_ranks
-from tasp_coll import Communicator, Link, Ring, Schedule, Topology, Transfer
+from tasp_coll import Communicator, Link, Ring, Rows, Schedule, Topology, Transfer
 
 NAMES = """
-    ArgumentError ArgumentTypeError CollectiveError Communicator Link MismatchError PeerTimeoutError Ring Schedule
-    ScheduleError Topology TopologyError Transfer all_to_all allgather_steps decompose decomposed_allgather
+    ArgumentError ArgumentTypeError CollectiveError Communicator Link MismatchError PeerTimeoutError Ring Rows
+    Schedule ScheduleError Topology TopologyError Transfer all_to_all allgather_steps decompose decomposed_allgather
     decomposed_allgatherv decomposed_allreduce decomposed_reduce_scatter plan reduce_scatter_steps ring_neighbours
 """
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
@@ -37,8 +37,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(self, send, recv=None, *, op='sum', algorithm='auto', rings=None, async_op=False)",
     ),
     (Communicator.all_to_all, "(self, send, recv=None, *, async_op=False)"),
-    (Communicator.allgather_steps, "(self, send, *, algorithm='auto', rings=None, reverse=False)"),
-    (Communicator.reduce_scatter_steps, "(self, recv, *, algorithm='auto', rings=None)"),
+    (Communicator.allgather_steps, "(self, send, *, algorithm='auto', rings=None, reverse=False, donate=False)"),
+    (Communicator.reduce_scatter_steps, "(self, recv, *, algorithm='auto', rings=None, accumulate=False)"),
     (Communicator.close, "(self)"),
     (tasp_coll.decomposed_allgather, "(send, recv=None, *, comm=None, **options)"),
     (tasp_coll.decomposed_allgatherv, "(send, recv=None, *, comm=None, **options)"),
@@ -59,6 +59,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(topology, collective='allgather', algorithm='rings', rings=None, counts=None, *, slices=None, reverse=False)",
     ),
     (Schedule.from_steps, "(topology, collective, steps, *, weights=None, capacity_share=None)"),
+    (Schedule.arrivals, "(self, rank, rows)"),
     (Schedule.verify, "(self, method='auto')"),
 ]
 
@@ -95,6 +96,7 @@ def test_everything_public_is_annotated_and_described() -> None:
 
 def test_values() -> None:
     assert Transfer._fields == ("src", "dst", "origin", "chunk", "ring")
+    assert Rows._fields == ("source", "ring", "start", "stop")
     assert [*inspect.signature(Ring).parameters] == ["ranks", "weight"]
     assert [*inspect.signature(Link).parameters] == ["source", "target", "GBps", "latency_us"]
     schedule, topology = tasp_coll.plan("full_mesh:3"), Topology.preset("full_mesh:3")

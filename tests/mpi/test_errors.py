@@ -54,6 +54,14 @@ CALLS: dict[str, tuple[Call, str]] = {
         "all_to_all",
     ),
     "direction": (lambda comm, odd: next(comm.allgather_steps(np.zeros(4), reverse=odd)), "reverse"),
+    "accumulating": (
+        lambda comm, odd: next(comm.reduce_scatter_steps(np.zeros(4), algorithm="ring", accumulate=odd)),
+        "accumulate",
+    ),
+    "donated": (
+        lambda comm, odd: next(comm.allgather_steps(np.zeros(8)[:: 1 + odd], donate=True)),
+        "send must be contiguous to be donated",
+    ),
     "streams": (
         lambda comm, odd: next(comm.reduce_scatter_steps(np.zeros(4)) if odd else comm.allgather_steps(np.zeros(4))),
         "reduce_scatter_steps",
