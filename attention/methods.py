@@ -1,0 +1,149 @@
+"""How keys and values reach the queries: step by step on rings, all at once, or heads instead of tokens.
+
+`Rings` is the paper's method (`tasp`: all rings) and ring attention (`ring`: one), which differ in nothing but the
+number of rings. Forward holds two steps of keys and values: the one that is computed with, and the one that travels.
+Backward sends them round in the opposite direction, so that each rank's gradients, collected on the way, are home after
+n-1 hops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attention import wire
+from attention.blocks import Layout, Task, gathered_blocks, local_blocks, step_blocks
+from attention.compute import Compute, Gradients, Part, Saved
+from attention.kernel_parts import wide
+from attention.merge import Partial
+from attention.partition import Indices
+from attention.tracing import note, span
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's side of an attention: what is to be computed, with what, and who the others are."""
+
+    comm: Any  # tasp_coll.Communicator
+    task: Task
+    compute: Compute
+
+
+class Method(Protocol):
+    """query (B, H, L, D), key and value (B, Hkv, L, D), this rank's tokens in held order."""
+
+    def forward(self, job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """out (B, H, L, D) and lse (B, H, L)."""
+
+    def backward(self, job: Job, saved: Saved, key: Tensor, value: Tensor) -> Gradients:
+        """Gradients of query, key and value, in the wide dtype or in their own."""
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Step by step. algorithm: of `Communicator.allgather_steps`: "rings" or "ring"."""
+
+    algorithm: str
+
+    def forward(self, job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        into = Partial(query)
+        task = job.task
+        for step, layout, rows in self._arrivals(job, key, value, reverse=False):
+            if step == 0:
+                job.compute.forward(local_blocks(task), query, key, value, into)
+            else:
+                keys, values = wire.sides(rows)
+                job.compute.forward(step_blocks(task, layout), query, keys, values, into, step)
+        return into.finish()
+
+    def backward(self, job: Job, saved: Saved, key: Tensor, value: Tensor) -> Gradients:
+        """Request t of the gradients' stream is for the chunks of the keys' arrival t + 1; one's own come last."""
+        task, compute, dtype = job.task, job.compute, wide(key.dtype)
+        partition, rank = task.partition, task.rank
+        dquery = torch.zeros_like(saved.query, dtype=dtype)
+        home = wire.empty(partition, rank, key, dtype)
+        arrivals = self._arrivals(job, key, value, reverse=True)
+        next(arrivals)
+        with job.comm.reduce_scatter_steps(home, algorithm=self.algorithm, accumulate=True) as requests:
+            for step, layout, rows in arrivals:
+                parts = compute.parts(step_blocks(task, layout), saved, *wire.sides(rows), step)
+                self._add(requests, parts, dquery, step)
+            parts = compute.parts(local_blocks(task), saved, key, value, job.comm.size)
+            self._add(requests, parts, dquery, job.comm.size, wire.places(partition, rank))
+        dkey, dvalue = (torch.empty_like(x) for x in (key, value))
+        wire.unpack(partition, rank, home, dkey, dvalue)
+        return dquery, dkey, dvalue
+
+    @staticmethod
+    def _add(requests: Any, parts: list[Part], dquery: Tensor, step: int, moved: Indices | None = None) -> None:
+        """Only now wait for what the ranks before have added up: it had the time of the computation to come."""
+        with span("wait", step):
+            request = next(requests)
+        for part in parts:
+            part.add((dquery, *wire.sides(request.data)), step, moved)
+
+    def _arrivals(self, job: Job, key: Tensor, value: Tensor, reverse: bool) -> Iterator[tuple[int, Layout, Tensor]]:
+        """(step, layout, rows) of each step, the first this rank's own."""
+        with span("pack"):
+            rows = wire.pack(job.task.partition, job.task.rank, key, value)
+        with job.comm.allgather_steps(rows, algorithm=self.algorithm, reverse=reverse, donate=True) as stream:
+            arrivals = iter(stream)
+            for step, layout in enumerate(stream.layout):
+                with span("wait", step):
+                    arrival = next(arrivals)
+                if arrival.began is not None and arrival.ended is not None:
+                    note("transfer", step, arrival.began, arrival.ended)
+                yield step, tuple((row.source, row.start, row.stop) for row in layout), arrival.data
+
+
+class Gather:
+    """All keys and values on every rank, then one computation: nothing overlaps, and memory grows with the sequence."""
+
+    def forward(self, job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        into = Partial(query)
+        keys, values = wire.token_sides(self._gathered(job, key, value))
+        job.compute.forward(local_blocks(job.task), query, key, value, into)
+        job.compute.forward(gathered_blocks(job.task), query, keys, values, into, 1)
+        return into.finish()
+
+    def backward(self, job: Job, saved: Saved, key: Tensor, value: Tensor) -> Gradients:
+        task, dtype = job.task, wide(key.dtype)
+        gathered = self._gathered(job, key, value)
+        gradients = torch.zeros_like(gathered, dtype=dtype)
+        keys, values = wire.token_sides(gathered)
+        dquery = torch.zeros_like(saved.query, dtype=dtype)
+        dkey, dvalue = wire.token_sides(gradients)
+        own = slice(start := sum(task.partition.lengths[: task.rank]), start + key.shape[2])
+        mine = dquery, dkey[:, :, own], dvalue[:, :, own]
+        job.compute.backward(local_blocks(task), saved, key, value, mine)
+        job.compute.backward(gathered_blocks(task), saved, keys, values, (dquery, dkey, dvalue), 1)
+        with span("wait", 1):
+            home = job.comm.decomposed_reduce_scatter(gradients, counts=task.partition.lengths)
+        return dquery, *wire.token_sides(home)
+
+    @staticmethod
+    def _gathered(job: Job, key: Tensor, value: Tensor) -> Tensor:
+        """(total, 2, B, Hkv, D), rank after rank."""
+        with span("pack"):
+            tokens = torch.stack([key, value]).permute(3, 0, 1, 2, 4).contiguous()
+        with span("wait"):
+            return job.comm.decomposed_allgatherv(tokens)
+
+
+class Local:
+    """On one rank that holds all tokens there is nobody to wait for."""
+
+    def forward(self, job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        into = Partial(query)
+        job.compute.forward(local_blocks(job.task), query, key, value, into)
+        return into.finish()
+
+    def backward(self, job: Job, saved: Saved, key: Tensor, value: Tensor) -> Gradients:
+        query_key_value = saved.query, key, value
+        dquery, dkey, dvalue = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in query_key_value)
+        job.compute.backward(local_blocks(job.task), saved, key, value, (dquery, dkey, dvalue))
+        return dquery, dkey, dvalue

@@ -1,0 +1,66 @@
+"""attention stands on tasp_coll's public names, and loads nothing that a caller may not have."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attention
+import tasp_coll
+
+PACKAGE = Path(attention.__file__).parent
+# Rooms in the order in which data flows; a module imports from those before it. The last four need transformers or are
+# for language models.
+ORDER = (
+    *("agreement", "kernel_parts", "tracing", "dense", "partition", "blocks", "sequence", "check"),
+    *("kernels_host", "kernels_cuda", "kernels_flash_attn", "kernels", "merge", "compute", "wire", "methods"),
+    *("ulysses", "choice", "function", "training", "sharded_cache", "generation", "transformers"),
+)
+
+
+def imports(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_data_flows_one_way(module: str) -> None:
+    for name in imports(module):
+        room, _, rest = name.partition(".")
+        if room == "attention" and rest and rest.split(".")[0] in ORDER:
+            assert ORDER.index(rest.split(".")[0]) < ORDER.index(module), f"{module} imports {name}"
+        if room == "tasp_coll" and rest:
+            assert rest in tasp_coll.__all__, f"{module} imports {name}, which is not public"
+
+
+def test_importing_attention_is_light() -> None:
+    heavy = ("mpi4py", "transformers", "matplotlib", "cupy")
+    code = f"import attention, sys; print([name for name in {heavy} if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
+def test_public_names() -> None:
+    assert sorted(attention.__all__) == [
+        "Work",
+        "check_work",
+        "context_parallel_attention",
+        "record",
+        "sequence_indices",
+        "shard_sequence",
+        "unshard_sequence",
+    ]
