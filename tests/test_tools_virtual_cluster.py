@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import launch
 import vcluster_build
+import vcluster_job
 import vcluster_registry
 import vcluster_room
 import virtual_cluster
@@ -360,6 +361,15 @@ with tasp_coll.Communicator(timeout=30) as comm:
 """
 
 
+def test_gloo_finds_its_way_between_hosts(mpi: None, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    found = tmp_path / "found.json"
+    flags = ["-b", "16K", "-e", "16K", "-n", "1", "-w", "0", "--algo", "ring,gloo", "--json", found]
+    ended = call("run", *new("full_mesh:3"), "--", "python", REPOSITORY / "tools/all_gather_perf.py", *flags)
+    assert ended.returncode == 0, ended.stderr
+    assert [result["wrong"] for result in json.loads(found.read_text())["results"]] == [0, 0]
+
+
 @pytest.mark.parametrize(
     "topology", ["full_mesh:4", "nvswitch:3", "cluster:2x2", "torus:2x3", LEAVES, ONE_WAY], ids=str
 )
@@ -471,6 +481,16 @@ def test_a_signal_while_it_is_built_ends_it_too(mpi: None, clusters: Path) -> No
     job.terminate()
     assert job.wait(15) == 128 + signal.SIGTERM
     assert not list(clusters.iterdir())
+
+
+def test_an_error_while_a_signal_ends_it_does_not_hide_the_signal() -> None:
+    error = OSError("in the way")
+    error.__context__ = RuntimeError("on the way out")
+    error.__context__.__context__ = vcluster_job.Stopped(signal.SIGTERM)
+    stopped = vcluster_job.stopped_by(error)
+    assert stopped is not None
+    assert stopped.status == 128 + signal.SIGTERM
+    assert vcluster_job.stopped_by(OSError("alone")) is None
 
 
 def test_several_clusters_at_once(mpi: None, tmp_path: Path) -> None:

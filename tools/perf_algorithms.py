@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,6 +20,8 @@ from tasp_coll.forecast import NATIVE, Case, Choice, call_seconds, forecast, rin
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+_SIOCGIFADDR = 0x8915
 
 
 class Ran(NamedTuple):
@@ -89,7 +94,7 @@ class Gloo(Algorithm):
 
     def __init__(self, collective: Collective, world: MPI.Intracomm, timeout: float | None) -> None:
         super().__init__("gloo", collective)
-        self._distributed = _join_gloo(world, timeout)
+        self._distributed = join_gloo(world, timeout)
 
     def bind(self, place: Place) -> Callable[[], Any] | None:
         return self.collective.gloo(self._distributed, place)
@@ -118,7 +123,7 @@ def dismiss(algorithms: Sequence[Algorithm]) -> None:
         distributed.destroy_process_group()
 
 
-def _join_gloo(world: MPI.Intracomm, timeout: float | None) -> Any:
+def join_gloo(world: MPI.Intracomm, timeout: float | None) -> Any:
     """torch.distributed with a process group of the same ranks. Rank 0 opens a free port and tells the others."""
     distributed = _distributed(world)
     if distributed.is_initialized():
@@ -126,7 +131,8 @@ def _join_gloo(world: MPI.Intracomm, timeout: float | None) -> Any:
     limit = timedelta(seconds=timeout_seconds(timeout))
     hosts = world.allgather(os.uname().nodename)
     store = None
-    address = ("127.0.0.1" if len(set(hosts)) == 1 else hosts[0], 0)
+    device = os.environ.get("GLOO_SOCKET_IFNAME")  # in a virtual cluster all hosts have this machine's name
+    address = (_address_of(device) if device else "127.0.0.1" if len(set(hosts)) == 1 else hosts[0], 0)
     if world.rank == 0:
         store = distributed.TCPStore(*address, world.size, True, limit, wait_for_workers=False)
         address = (address[0], store.port)
@@ -135,6 +141,13 @@ def _join_gloo(world: MPI.Intracomm, timeout: float | None) -> Any:
         store = distributed.TCPStore(*address, world.size, False, limit)
     distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return distributed
+
+
+def _address_of(device: str) -> str:
+    """The IPv4 address of a network device."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        reply = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, struct.pack("256s", device.encode()[:15]))
+    return socket.inet_ntoa(reply[20:24])
 
 
 def _distributed(world: MPI.Intracomm) -> Any:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from perf_data import Dtype, NDArray, Pattern, Source
-from tasp_coll import Link, Topology
+from tasp_coll import Topology
 from tasp_coll.forecast import Case
 from tasp_coll.simulate import Costs
+from tasp_coll.topology import turned
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -94,7 +95,7 @@ class Collective(ABC):
         """The least time that the links allow: a reduce-scatter is an all-gather with every link turned round."""
         shard = size_bytes / topology.ranks
         gathering = topology.allgather_bound(shard) if self.gathers else 0.0
-        reducing = _turned(topology).allgather_bound(shard) if self.reduces else 0.0
+        reducing = turned(topology).allgather_bound(shard) if self.reduces else 0.0
         return gathering + reducing
 
 
@@ -117,10 +118,3 @@ def gloo_numbers(place: Place) -> tuple[Any, Any]:
     if place.dtype.name in ("int16", "uint16", "uint32", "uint64"):
         raise Unsupported(f"gloo has no sums of {place.dtype.name}")
     return place.dtype.tensor(place.send), place.dtype.tensor(place.recv)
-
-
-def _turned(topology: Topology) -> Topology:
-    if topology.is_full_mesh or topology.is_single_switch:
-        return topology
-    links = [Link(link.target, link.source, link.GBps, link.latency_us) for link in topology.links]
-    return Topology(topology.name, topology.ranks, topology.switches, links)

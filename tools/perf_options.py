@@ -93,7 +93,7 @@ def parse(tool: str, about: str | None, argv: Sequence[str] | None, *, quiet: bo
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Of all ranks only one speaks."""
 
     def __init__(self, quiet: bool, **settings: Any) -> None:
@@ -105,8 +105,8 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def _parser(tool: str, about: str | None, quiet: bool) -> _Parser:
-    parser = _Parser(
+def _parser(tool: str, about: str | None, quiet: bool) -> Parser:
+    parser = Parser(
         quiet,
         prog=f"{tool}.py",
         description=about,
@@ -125,7 +125,7 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-b", "--minbytes", type=size, default=8, metavar="SIZE", help="first size (default 8)")
     group.add_argument("-e", "--maxbytes", type=size, default=16 << 20, metavar="SIZE", help="last (default 16M)")
     step = group.add_mutually_exclusive_group()
-    step.add_argument("-f", "--stepfactor", type=_integer(2), metavar="N", help="factor to the next (default 8)")
+    step.add_argument("-f", "--stepfactor", type=integer(2), metavar="N", help="factor to the next (default 8)")
     step.add_argument("-i", "--stepbytes", type=size, metavar="SIZE", help="or what is added to get the next")
     names = ", ".join(perf_data.NAMES)
     group.add_argument(
@@ -141,7 +141,7 @@ def _add_algorithms(group: argparse._ArgumentGroup) -> None:
         help=f"any of {', '.join((*OURS, *PEERS))}, also repeatedly (default {','.join(DEFAULT)}, less those that "
         "cannot run here)",
     )
-    group.add_argument("--rings", type=_integer(1), metavar="K", help="rings of algorithm 'rings' (default: all)")
+    group.add_argument("--rings", type=integer(1), metavar="K", help="rings of algorithm 'rings' (default: all)")
     group.add_argument(
         "--topology",
         metavar="SPEC",
@@ -150,10 +150,10 @@ def _add_algorithms(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_measuring(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("-n", "--iters", type=_integer(1), default=20, metavar="N", help="timed (default 20)")
-    group.add_argument("-w", "--warmup_iters", type=_integer(0), default=5, metavar="N", help="untimed (default 5)")
+    group.add_argument("-n", "--iters", type=integer(1), default=20, metavar="N", help="timed (default 20)")
+    group.add_argument("-w", "--warmup_iters", type=integer(0), default=5, metavar="N", help="untimed (default 5)")
     group.add_argument(
-        "-m", "--agg_iters", type=_integer(1), default=1, metavar="N", help="calls in an iteration (default 1)"
+        "-m", "--agg_iters", type=integer(1), default=1, metavar="N", help="calls in an iteration (default 1)"
     )
     group.add_argument(
         "-z",
@@ -171,7 +171,7 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds_of,
         metavar="S",
         help="seconds without an answer from other ranks that end the job (default: TASP_COLL_TIMEOUT, else 600); "
         "mpi4py's own calls have none",
@@ -195,16 +195,19 @@ def size(text: str) -> int:
     return int(number)
 
 
-def _integer(low: int) -> Any:
-    def integer(text: str) -> int:
+def integer(low: int) -> Any:
+    """The type of an integer of at least `low`."""
+
+    def checked(text: str) -> int:
         if not re.fullmatch(r"\d+", text.strip()) or int(text) < low:
             raise argparse.ArgumentTypeError(f"must be an integer >= {low}, got {text!r}")
         return int(text)
 
-    return integer
+    return checked
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
+    """A time limit."""
     try:
         seconds = float(text)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def fault(path: Path) -> str:
     except ImportError as error:
         return f"--plot: matplotlib cannot be imported ({error}): pip install 'tasp-coll[plot]'"
     return "" if path.suffix in _FORMATS else f"--plot must end in {', '.join(_FORMATS)}, got {path.name!r}"
+
+
+def picture(text: str) -> Path:
+    """The type of a flag --plot: the path of a picture that can be drawn."""
+    path = Path(text)
+    if why := fault(path):
+        raise argparse.ArgumentTypeError(why.removeprefix("--plot "))
+    return path
 
 
 def draw(path: Path, title: str, size_means: str, results: Sequence[Result], algorithms: Sequence[str]) -> None:

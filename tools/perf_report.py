@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, pstdev
-from typing import Any
+from typing import Any, Protocol
 
 from perf_collective import Extent
 from perf_data import Dtype
@@ -169,7 +169,14 @@ def figure(value: float, width: int, decimals: int = 2) -> str:
     return f"{value:.1e}"
 
 
-def write_json(path: Path, head: Mapping[str, Any], results: Sequence[Result]) -> None:
+class Recorded(Protocol):
+    """What has a form for programs."""
+
+    def record(self) -> dict[str, Any]:
+        """That form."""
+
+
+def write_json(path: Path, head: Mapping[str, Any], results: Sequence[Recorded]) -> None:
     """Write the file; readers see all of it or nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tasp_coll import ArgumentError, Link, Schedule, Topology, __version__
+from tasp_coll import ArgumentError, Schedule, Topology, __version__
 from tasp_coll.forecast import Case, Choice, fastest, forecasts, ring_count
 from tasp_coll.links import Node, order
 from tasp_coll.loads import chunk_units, step_load
 from tasp_coll.patterns import Rows
 from tasp_coll.simulate import LINKS_ALONE, Costs, Prediction, predict
+from tasp_coll.topology import turned
 
 
 class Move(NamedTuple):
@@ -193,16 +194,8 @@ def _bound(schedule: Schedule, shard_bytes: float) -> float | None:
         return 0.0
     # A reduce-scatter is an allgather run backwards, so it is bound by the links the other way round.
     gather = topology.allgather_bound(shard_bytes) if collective != "reduce_scatter" else 0.0
-    scatter = _turned(topology).allgather_bound(shard_bytes) if collective != "allgather" else 0.0
+    scatter = turned(topology).allgather_bound(shard_bytes) if collective != "allgather" else 0.0
     return gather + scatter
-
-
-def _turned(topology: Topology) -> Topology:
-    """`topology` with every link the other way round."""
-    if topology.is_full_mesh or topology.is_single_switch:
-        return topology
-    links = tuple(Link(link.target, link.source, link.GBps, link.latency_us) for link in topology.links)
-    return Topology(topology.name, topology.ranks, topology.switches, links)
 
 
 def _timed(view: View, prediction: Prediction) -> dict[str, Any]:

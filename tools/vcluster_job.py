@@ -60,6 +60,13 @@ def signals_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def stopped_by(error: BaseException | None) -> Stopped | None:
+    """The signal during whose handling an error came up, if there was one."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
+
+
 def mpiexec() -> str:
     """The mpiexec of this interpreter's environment, else the first on PATH; MissingError unless it is MPICH's."""
     beside = Path(sys.executable).parent / "mpiexec"
@@ -90,7 +97,8 @@ def on_host(wiring: Wiring, rank: int, command: Sequence[str]) -> list[str]:
 
 def environment(wiring: Wiring, topology_file: Path) -> dict[str, str]:
     """What ranks find in their environment: this process's own, which wins, and what MPI needs here."""
-    settings = {**_SETTINGS, "MPIR_CVAR_NUM_CLIQUES": str(wiring.topology.ranks), "FI_TCP_IFACE": RANK_DEVICE}
+    devices = {"FI_TCP_IFACE": RANK_DEVICE, "GLOO_SOCKET_IFNAME": RANK_DEVICE}
+    settings = {**_SETTINGS, **devices, "MPIR_CVAR_NUM_CLIQUES": str(wiring.topology.ranks)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return {**settings, **os.environ, "PATH": path, ENVIRONMENT: str(topology_file)}
 

@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return stopped.status
     except (ArgumentError, TopologyError, MissingError, RoomError, OSError) as error:
+        if ended := vcluster_job.stopped_by(error):  # what went wrong while a signal ended it
+            return ended.status
         tell(f"error: {error}")
         return FAILED
 

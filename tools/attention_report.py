@@ -1,0 +1,155 @@
+"""Results of `attention_perf.py`: the table for people, the form for programs, and the ideal that they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from attention.choice import overlapped
+from attention_measure import Parts, Times
+from attention_options import Options
+from perf_report import figure
+from tasp_coll import Topology
+from tasp_coll.forecast import Case, Choice, forecast
+
+_COLUMNS = (
+    *(("method", "", -17), ("time", "(us)", 9), ("min", "(us)", 9), ("max", "(us)", 9), ("compute", "(us)", 9)),
+    *(("exposed", "(us)", 9), ("merge", "(us)", 9), ("ratio", "", 6), ("ideal", "(us)", 9), ("peak", "(MiB)", 8)),
+    ("error", "", 8),
+)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all results of a run share. Seconds are forward and backward, the latter 0 without --backward."""
+
+    options: Options
+    ranks: int
+    kernel: str
+    compute: tuple[float, float]  # with communication switched off: kernels and merging
+    exchange: tuple[float, float]  # on one ring, alone
+    gain: float  # how much shorter the exchange is on all rings
+
+    @classmethod
+    def of(cls, options: Options, topology: Topology, kernel: str, shard_bytes: int, times: Times) -> Common:
+        """From what was measured."""
+        works = [parts.work() for parts in times.compute]
+        compute = median(work[0] for work in works), median(work[1] for work in works)
+        exchange = median(times.exchange[0]), median(times.exchange[1])
+        return cls(options, topology.ranks, kernel, compute, exchange, rings_gain(topology, shard_bytes))
+
+    @property
+    def ccr(self) -> float | None:
+        """Computation over communication on one ring; None if there is none."""
+        return sum(self.compute) / sum(self.exchange) if self.ranks > 1 else None
+
+    def ideal(self, method: str) -> float | None:
+        """Seconds, if the shorter one of computing and communicating is hidden at each step."""
+        if method not in ("tasp", "ring"):
+            return None
+        gain = self.gain if method == "tasp" else 1.0
+        pairs = zip(self.compute, self.exchange, strict=True)
+        return sum(overlapped(self.ranks, compute, exchange / gain) for compute, exchange in pairs)
+
+
+def rings_gain(topology: Topology, shard_bytes: int) -> float:
+    """How much faster than one ring all rings are, by the links alone; n-1 on a full mesh of equal ones."""
+    case = Case(topology, "allgather", max(shard_bytes, 1 << 20))
+    one, all_rings = (forecast(case, Choice(name)) for name in ("ring", "rings"))
+    return one.seconds / all_rings.seconds if one and all_rings and all_rings.seconds else 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method."""
+
+    common: Common
+    method: str
+    recorded: bool  # it told where its time went
+    iterations: tuple[Parts, ...]
+    ratio: float
+    error: float | None
+    peak_bytes: int | None
+
+    @property
+    def times_us(self) -> list[float]:
+        """Of the slowest rank of each iteration."""
+        return [parts.total * 1e6 for parts in self.iterations]
+
+    def part_us(self, kind: str) -> float | None:
+        """The median time of a kind of spans."""
+        return median(parts.seconds(kind) for parts in self.iterations) * 1e6 if self.recorded else None
+
+    @property
+    def ideal_us(self) -> float | None:
+        """See `Common.ideal`."""
+        ideal = self.common.ideal(self.method)
+        return None if ideal is None else ideal * 1e6
+
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+        options, common, times = self.common.options, self.common, self.times_us
+        return {
+            "method": self.method,
+            "time_us": {"min": min(times), "median": median(times), "max": max(times)},
+            "compute_us": self.part_us("compute"),
+            "exposed_us": self.part_us("wait"),
+            "merge_us": self.part_us("merge"),
+            "ratio": self.ratio,
+            "ccr": common.ccr,
+            "comm_us": sum(common.exchange) * 1e6,
+            "alone_us": sum(common.compute) * 1e6,
+            "ideal_us": self.ideal_us,
+            "error": self.error,
+            "peak_bytes": self.peak_bytes,
+            "kernel": common.kernel,
+            "seq_len": options.seq_len,
+            "batch": options.batch,
+            "heads": options.heads,
+            "kv_heads": options.kv_heads,
+            "head_dim": options.head_dim,
+            "dtype": options.dtype,
+            "causal": options.causal,
+            "backward": options.backward,
+            "window": options.window,
+        }
+
+
+def ratio(mine: Sequence[Parts], first: Sequence[Parts]) -> float:
+    """Time over that of the first method: the median of the ratios within the iterations."""
+    return median(a.total / b.total for a, b in zip(mine, first, strict=True))
+
+
+def head(common: Common) -> list[str]:
+    """What was measured beside the methods, and the titles of the columns."""
+    alone, exchange = sum(common.compute), sum(common.exchange)
+    facts = f"# computation alone {alone * 1e3:.4g} ms"
+    if common.ccr is not None:
+        facts += f", exchange on one ring alone {exchange * 1e3:.4g} ms: CCR {common.ccr:.3g}"
+        facts += f"; all rings are {common.gain:.3g} times as fast by the cost model"
+    titles = [_line([title for title, _, _ in _COLUMNS]), _line([unit for _, unit, _ in _COLUMNS])]
+    return [facts, "#", *(f"# {line}".rstrip() for line in titles)]
+
+
+def row(result: Result) -> str:
+    """One line of the table."""
+    times, parts = result.times_us, [result.part_us(kind) for kind in ("compute", "wait", "merge")]
+    figures = [median(times), min(times), max(times), *parts]
+    cells = [result.method, *(_cell(value, 9) for value in figures), _cell(result.ratio, 6), _cell(result.ideal_us, 9)]
+    peak = None if result.peak_bytes is None else result.peak_bytes / 2**20
+    error = "-" if result.error is None else f"{result.error:.1e}"
+    return f"  {_line([*cells, _cell(peak, 8), error])}"
+
+
+def _cell(value: float | None, width: int) -> str:
+    return "-" if value is None else figure(value, width)
+
+
+def _line(cells: Sequence[str]) -> str:
+    padded = (
+        text.ljust(-width) if width < 0 else text.rjust(width)
+        for text, (_, _, width) in zip(cells, _COLUMNS, strict=True)
+    )
+    return " ".join(padded).rstrip()
