@@ -1,6 +1,7 @@
 """Start-up: from a group of ranks to a transport, and the first agreement between the ranks.
 
-The only module besides the transports that touches mpi4py, and it does so when a communicator is made, not before.
+The only module besides the transports that touches mpi4py or torch.distributed, and it does so when a communicator is
+made, not before.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -20,30 +23,82 @@ from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
 
 DEFAULT_TIMEOUT = 600.0
+_groups_met: Counter[str] = Counter()  # communicators made of each process group: all its ranks count alike
 _WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def connect(group: Any, timeout: float) -> Transport:
-    """The transport between the ranks of `group`: None (all of MPI), an mpi4py communicator, or a loopback rank.
+    """The transport between the ranks of `group`.
 
-    Or another transport, which has a `duplicate` too.
+    None: all ranks that the launcher started, of MPI or of torchrun. An mpi4py communicator, a process group of
+    torch.distributed, or one rank of a loopback world. Or another transport, which has a `duplicate` too.
     """
     duplicate = getattr(group, "duplicate", None)
     if callable(duplicate):
         made: Transport = duplicate()
         return made
+    if group is None and launched_by_torchrun():
+        group = _torch_world()
+    if _is_process_group(group):
+        return _torch_transport(group, timeout)
     if group is not None and not type(group).__module__.startswith("mpi4py"):
         raise ArgumentTypeError(
-            "group must be None, an mpi4py.MPI.Intracomm or a loopback transport, got "
-            f"{type(group).__module__}.{type(group).__qualname__}"
+            "group must be None, an mpi4py.MPI.Intracomm, a torch.distributed.ProcessGroup or a loopback transport, "
+            f"got {type(group).__module__}.{type(group).__qualname__}"
         )
+    return _mpi_transport(group, timeout)
+
+
+def _mpi_transport(group: Any, timeout: float) -> Transport:
     MPI = _mpi()
     from tasp_coll.transport.mpi import MpiTransport
 
     comm = MPI.COMM_WORLD if group is None else group
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise ArgumentTypeError(f"group must be an intracommunicator that this rank is in, got {comm!r}")
+    started = launched_ranks()
+    if group is None and comm.size == 1 and started is not None and started > 1:
+        raise CollectiveError(
+            f"{started} ranks were started, but each is a world of one: the launcher belongs to another MPI than the "
+            f"library that mpi4py loads ({MPI.Get_library_version().split(chr(10))[0].strip()}); start them with that "
+            "library's mpiexec, or pass group=MPI.COMM_SELF if worlds of one are meant"
+        )
     return MpiTransport(_duplicate(comm, timeout), (max_rings(comm.size) + 1) * SLOTS)
+
+
+def launched_by_torchrun() -> bool:
+    """Whether torchrun started this process; it may itself run under srun or mpirun, one on each host."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _torch_world() -> Any:
+    """All of torch.distributed's ranks."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        raise CollectiveError(
+            "torchrun started this process, so its ranks find each other through torch.distributed: call "
+            "torch.distributed.init_process_group() before the communicator is made"
+        )
+    return dist.group.WORLD
+
+
+def _is_process_group(group: Any) -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and isinstance(group, dist.ProcessGroup)
+
+
+def _torch_transport(group: Any, timeout: float) -> Transport:
+    """Connections of our own between a process group's ranks, through the store that made the group."""
+    import torch.distributed as dist
+
+    from tasp_coll.transport.torch import TorchTransport
+
+    # Groups made before torch had get_group_store are told apart by their names in the default group's store.
+    find = getattr(group, "get_group_store", None)
+    store = find() if find is not None else dist.distributed_c10d._get_default_store()
+    _groups_met[group.group_name] += 1
+    prefix = f"tasp_coll/{group.group_name}/{_groups_met[group.group_name]}"
+    return TorchTransport(dist.PrefixStore(prefix, store), group.rank(), group.size(), timeout)
 
 
 def _mpi() -> Any:

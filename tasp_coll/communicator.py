@@ -44,7 +44,8 @@ _live: weakref.WeakSet[Communicator] = weakref.WeakSet()
 class Communicator:
     """A group of ranks and the plans for its topology. Making one is collective, and so is every method.
 
-    group: None (all ranks of MPI), an mpi4py.MPI.Intracomm (duplicated, so that messages never meet), or one rank of
+    group: None (all ranks that mpirun, srun or torchrun started), an mpi4py.MPI.Intracomm or a
+        torch.distributed.ProcessGroup (duplicated, so that messages never meet), or one rank of
         `tasp_coll.transport.loopback.LoopbackWorld`.
     topology: a Topology, a preset's spec or a file's path; None: what TASP_COLL_TOPOLOGY names, else a full mesh of
         equal links.
@@ -99,7 +100,7 @@ class Communicator:
 
     @property
     def transport(self) -> str:
-        """Name of what carries the bytes: "mpi" or "loopback"."""
+        """Name of what carries the bytes: "mpi", "torch" (torch.distributed's Gloo) or "loopback"."""
         return self._core.transport.name
 
     @property

@@ -1,4 +1,4 @@
-"""Starts Python on several MPI ranks, whichever MPI is there, and never leaves a rank behind."""
+"""Starts Python on several ranks, by whichever MPI is there or by torchrun, and never leaves a rank behind."""
 
 from __future__ import annotations
 
@@ -51,15 +51,36 @@ def mpirun(
     mpiexec = find_mpiexec()
     if mpiexec is None:
         raise FileNotFoundError(f"no mpiexec beside {sys.executable} and none on PATH")
+    return _job([mpiexec, *mpiexec_flags(mpiexec), "-n", str(ranks)], ranks, arguments, timeout, env)
+
+
+def torchrun(
+    ranks: int,
+    arguments: Sequence[str | Path],
+    *,
+    timeout: float = 120,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`mpirun`, started by torchrun instead."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return _job([*launcher, "--no-python"], ranks, arguments, timeout, env)
+
+
+def _job(
+    launcher: Sequence[str],
+    ranks: int,
+    arguments: Sequence[str | Path],
+    timeout: float,
+    env: Mapping[str, str] | None,
+) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, *map(str, arguments)]
-    flags = [*mpiexec_flags(mpiexec), "-n", str(ranks)]
     with (
         tempfile.TemporaryDirectory() as outputs,
         _appended(outputs, "out") as out,
         _appended(outputs, "err") as err,
     ):
         job = subprocess.Popen(
-            [mpiexec, *flags, "sh", "-c", TO_FILES, outputs, *arguments],
+            [*launcher, "sh", "-c", TO_FILES, outputs, *arguments],
             cwd=REPOSITORY,
             env={**SHARED_CORES, **os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
@@ -79,7 +100,7 @@ def mpirun(
 
 
 def _kill(job: subprocess.Popen[bytes]) -> None:
-    """End mpiexec's process group. Ranks have groups of their own: they go when their launcher does."""
+    """End the launcher's process group. Ranks have groups of their own: they go when their launcher does."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(job.pid, number)

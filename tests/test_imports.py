@@ -34,7 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "simulate_formulas",
     ),
     "arrays": ("frameworks", "arrays", "reduction"),
-    "transport": ("transport", "transport.loopback", "transport.mpi"),
+    "transport": ("transport", "transport.loopback", "transport.mpi", "transport.torch"),
     "executor": ("executor", "programs", "slabs", "reduce_programs"),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
@@ -65,6 +65,7 @@ ONLY: dict[str, set[str]] = {
     "transport": set(),
     "transport.loopback": {"errors", "transport"},
     "transport.mpi": {"errors", "transport"},
+    "transport.torch": {"errors", "transport"},
     "executor": {"transport"},
     "work": {"errors", "transport"},
     "engine": {"errors", "transport", "work"},
@@ -72,7 +73,12 @@ ONLY: dict[str, set[str]] = {
     "memos": set(),
     "functions": {"communicator", "streams"},
 }
-LIBRARIES = {"transport.mpi": {"mpi4py"}, "bootstrap": {"mpi4py"}, "ring_solver": {"ortools"}}  # beside NumPy
+LIBRARIES = {  # beside NumPy
+    "transport.mpi": {"mpi4py"},
+    "transport.torch": {"torch"},
+    "bootstrap": {"mpi4py", "torch"},
+    "ring_solver": {"ortools"},
+}
 
 
 class Import(NamedTuple):
@@ -152,8 +158,8 @@ def test_all_public_names_load_no_library() -> None:
     assert not heavy(fresh("import tasp_coll; [getattr(tasp_coll, name) for name in tasp_coll.__all__]"))
 
 
-def test_no_module_but_the_mpi_transport_loads_a_library() -> None:
-    modules = [f"tasp_coll.{module}" for module in ORDER if module != "transport.mpi"]
+def test_no_module_but_the_transports_loads_a_library() -> None:
+    modules = [f"tasp_coll.{module}" for module in ORDER if module not in ("transport.mpi", "transport.torch")]
     assert not heavy(fresh("\n".join(f"import {module}" for module in modules)))
 
 
@@ -190,8 +196,9 @@ def test_the_exceptions_are_in_use() -> None:
     assert set(BACKWARDS) <= used
 
 
-def test_mpi_is_touched_when_a_communicator_is_made_and_not_before() -> None:
-    assert all(deferred for target, deferred, _ in imports("bootstrap") if target in ("mpi4py", "transport.mpi"))
+def test_launchers_are_touched_when_a_communicator_is_made_and_not_before() -> None:
+    touched = ("mpi4py", "transport.mpi", "torch", "transport.torch")
+    assert all(deferred for target, deferred, _ in imports("bootstrap") if target in touched)
     assert all(
         target != "transport.mpi" for module in ORDER if module != "bootstrap" for target, _, _ in imports(module)
     )
