@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from attention.agreement import agree
 from attention.sequence import sequence_indices
 from attention.sharded_cache import ShardedCache, Step
 from attention.training import digest
+
+_CACHE_NAMES = ("cache", "past_key_values")  # transformers from 5.24 on, and before
 
 
 @contextmanager
@@ -38,7 +41,8 @@ def sharded_generation(model: Any) -> Iterator[None]:
     differ between ranks.
     """
     comm = _communicator(model)
-    session = _Session(comm)
+    taken = inspect.signature(model.forward).parameters
+    session = _Session(comm, next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1]))
     hooks = [
         model.register_forward_pre_hook(session.before, with_kwargs=True),
         model.register_forward_hook(session.after),
@@ -70,12 +74,13 @@ class _Session:
     """The hooks of one context; `step` is the forward call under way."""
 
     comm: tasp_coll.Communicator
+    cache_name: str  # the model's argument
     step: Step | None = None
 
     def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Cut a forward call's arguments down to this rank's."""
         given = {**kwargs, **({"input_ids": args[0]} if args else {})}
-        cache = given.get("past_key_values")
+        cache = _cache(given)
         problem = _fault(args, given, self.comm)
         if problem is None and isinstance(cache, ShardedCache) and cache.get_seq_length():
             return (), self._continued(given, cache)
@@ -126,12 +131,18 @@ class _Session:
         self.step = step
         if step.cache is not None:
             step.cache.step = step
-        return {**given, **part, "attention_mask": None, "past_key_values": step.cache, "sharded_step": step}
+        rest = {name: value for name, value in given.items() if name not in _CACHE_NAMES}
+        return {**rest, **part, "attention_mask": None, self.cache_name: step.cache, "sharded_step": step}
+
+
+def _cache(given: Mapping[str, Any]) -> Any:
+    """The cache that a forward call was given."""
+    return next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
 
 
 def _fault(args: tuple[Any, ...], given: Mapping[str, Any], comm: tasp_coll.Communicator) -> str | None:
     """Why a forward call cannot be split."""
-    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    mask, cache = given.get("attention_mask"), _cache(given)
     if len(args) > 1:
         return "give the model keyword arguments only"
     if "sharded_step" in given:
@@ -144,12 +155,12 @@ def _fault(args: tuple[Any, ...], given: Mapping[str, Any], comm: tasp_coll.Comm
     if given.get("labels") is not None:
         return "labels are for training, outside sharded_generation, with shard_batch"
     if isinstance(cache, ShardedCache):
-        return None if cache.comm is comm else "past_key_values belongs to another communicator"
+        return None if cache.comm is comm else "the cache that was passed belongs to another communicator"
     if not isinstance(given.get("logits_to_keep", 0), int) or given.get("logits_to_keep", 0) > 1:
         return f"logits_to_keep must be 0 or 1 in a prefill (no assisted decoding), got {given['logits_to_keep']}"
     if cache is not None and (type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length()):
         return (
-            "past_key_values must be left out, or be what generate() returned in sharded_generation; leave "
+            "cache (past_key_values) must be left out, or be what generate() returned in sharded_generation; leave "
             f"cache_implementation out too, got {type(cache).__name__}"
         )
     return None

@@ -96,9 +96,10 @@ def _torch_transport(group: Any, timeout: float) -> Transport:
     # Groups made before torch had get_group_store are told apart by their names in the default group's store.
     find = getattr(group, "get_group_store", None)
     store = find() if find is not None else dist.distributed_c10d._get_default_store()
-    _groups_met[group.group_name] += 1
     prefix = f"tasp_coll/{group.group_name}/{_groups_met[group.group_name]}"
-    return TorchTransport(dist.PrefixStore(prefix, store), group.rank(), group.size(), timeout)
+    made = TorchTransport(dist.PrefixStore(prefix, store), group.rank(), group.size(), timeout)
+    _groups_met[group.group_name] += 1  # not where ranks were missing: they may come later, on all ranks
+    return made
 
 
 def _mpi() -> Any:

@@ -6,7 +6,11 @@ GIL meanwhile. torch is imported here and in `bootstrap` only, and by neither be
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +27,9 @@ from tasp_coll.transport import NativeCall, NativeRequest, Op
 
 _FOREVER = timedelta(days=365)  # Gloo's own limit would break its connections; the engine has the user's timeout
 _LONGEST_PAUSE_S = 2e-3
+_LEAVE_SECONDS = 2.0
+_NEVER_SENT = 2**31 - 1  # a tag
+_abandoned: list[tuple[TorchTransport, Any]] = []
 _REDUCE_OPS = {
     "sum": dist.ReduceOp.SUM,
     "prod": dist.ReduceOp.PRODUCT,
@@ -30,7 +37,6 @@ _REDUCE_OPS = {
     "max": dist.ReduceOp.MAX,
 }
 _GLOO_REDUCES = {"float16", "float32", "float64", "int8", "uint8", "int32", "int64"}
-_kept: list[Any] = []  # what was in use when a rank gave up
 
 
 class TorchTransport:
@@ -51,6 +57,7 @@ class TorchTransport:
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)
         self._board = _Board(dist.PrefixStore("alarms", store), rank, size)
         self._waiters: dict[tuple[bool, int, int], SimpleQueue[_Started | None]] = {}
+        self._threads: list[threading.Thread] = []
         self._news = threading.Event()
         self._duplicates = 0
 
@@ -72,7 +79,8 @@ class TorchTransport:
         if queue is None:
             queue = self._waiters[lane] = SimpleQueue()
             name = f"tasp_coll {'to' if op.send else 'from'} {op.peer}"
-            threading.Thread(target=_wait, args=(queue, self._news), name=name, daemon=True).start()
+            self._threads.append(threading.Thread(target=_wait, args=(queue, self._news), name=name, daemon=True))
+            self._threads[-1].start()
         queue.put((work, batch, index))
 
     def pause(self, idle: int) -> None:
@@ -114,8 +122,19 @@ class TorchTransport:
         return self._board.read()
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
-        """Gloo cannot take back a message: everything stays alive."""
-        _kept.extend([*keep, self])
+        """Gloo cannot take back a message: everything stays alive until the process ends."""
+        _abandoned.append((self, keep))
+
+    def end(self, seconds: float) -> bool:
+        """Break all connections, so that the threads that wait on them end; whether they did in time."""
+        with contextlib.suppress(RuntimeError):  # a message that came too late breaks the connections
+            peer = (self.rank + 1) % self.size
+            self._gloo.recv([torch.empty(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+        self.close()
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
         """End the threads, whose messages are complete, and give back the connections."""
@@ -248,6 +267,7 @@ def _meet(store: dist.Store, rank: int, size: int, timeout: float) -> None:
     missing, deadline = set(range(size)) - {rank}, time.monotonic() + timeout
     while missing := {peer for peer in missing if not store.check([f"here/{peer}"])}:
         if time.monotonic() > deadline:
+            store.delete_key(f"here/{rank}")
             ranks = sorted(missing)
             raise PeerTimeoutError(
                 f"Communicator: not all of ranks {ranks} made theirs within {timeout:.3g} s",
@@ -262,3 +282,13 @@ def _tensor(address: int, nbytes: int) -> torch.Tensor:
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
+
+
+@atexit.register
+def _leave() -> None:
+    """After a failure: a thread that comes back from Gloo into an interpreter that is gone would abort the process."""
+    ended = [transport.end(_LEAVE_SECONDS) for transport, _ in _abandoned]
+    if not all(ended):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
