@@ -6,10 +6,10 @@ change from run to run.
 
 from __future__ import annotations
 
-import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tasp_coll.executor import Action, Builder, Exchange, Node, Piece, Place, Program
 from tasp_coll.layouts import Key
@@ -25,6 +25,21 @@ class _Target:
 
     receives: list[tuple[int, Place]] = field(default_factory=list)
     send: tuple[int, int, int] | None = None  # step, peer, lane
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """One action of a reduction: `kind` names the method of `how`, whoever's memory the places are in."""
+
+    kind: Literal["combine", "merge", "widen", "finish", "copy"]
+    target: Place
+    source: Place
+    count: int
+    how: Reduction
+
+    def __call__(self, at: Exchange) -> None:
+        """In host memory."""
+        getattr(self.how, self.kind)(at.address(self.target), at.address(self.source), self.count)
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,7 @@ class _ReduceCompiler:
         """The sum is this rank's: it ends in "recv"."""
         result = self.cuts.in_shard("recv", key)
         if not target.receives:
-            self._act(ready, self._copy(result, own.place))
+            self._act(ready, Arithmetic("copy", result, own.place, result.nbytes // self.how.itemsize, self.how))
         elif self.direct:
             self._add_gathered(key, target, own, ready, result)
         else:
@@ -205,25 +220,13 @@ class _ReduceCompiler:
         return self.builder.add(Node(self.schedule.pattern.steps, action=action), after)
 
     def _combine(self, total: Place, contribution: Place) -> Action:
-        how, count = self.how, contribution.nbytes // self.how.itemsize
-        return lambda at: how.combine(at.address(total), at.address(contribution), count)
+        return Arithmetic("combine", total, contribution, contribution.nbytes // self.how.itemsize, self.how)
 
     def _merge(self, total: Place, partial: Place) -> Action:
-        how, count = self.how, partial.nbytes // self.how.wire_itemsize
-        return lambda at: how.merge(at.address(total), at.address(partial), count)
+        return Arithmetic("merge", total, partial, partial.nbytes // self.how.wire_itemsize, self.how)
 
     def _widen(self, total: Place, contribution: Place) -> Action:
-        how, count = self.how, contribution.nbytes // self.how.itemsize
-        return lambda at: how.widen(at.address(total), at.address(contribution), count)
+        return Arithmetic("widen", total, contribution, contribution.nbytes // self.how.itemsize, self.how)
 
     def _finish(self, result: Place, total: Place) -> Action:
-        how, count = self.how, result.nbytes // self.how.itemsize
-        return lambda at: how.finish(at.address(result), at.address(total), count)
-
-    def _copy(self, result: Place, contribution: Place) -> Action:
-        """The sum over one rank."""
-
-        def act(at: Exchange) -> None:
-            ctypes.memmove(at.address(result), at.address(contribution), result.nbytes)
-
-        return act
+        return Arithmetic("finish", result, total, result.nbytes // self.how.itemsize, self.how)

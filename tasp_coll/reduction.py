@@ -119,6 +119,10 @@ class Reduction:
     def wire_itemsize(self) -> int:
         return self._wire.itemsize
 
+    def copy(self, dst: int, src: int, count: int) -> None:
+        """`count` elements at `src` -> `dst`, both of the dtype: the sum over one rank."""
+        ctypes.memmove(dst, src, count * self.itemsize)
+
     def widen(self, dst: int, src: int, count: int) -> None:
         """`count` elements at `src` (dtype) -> `dst` (wire dtype). dst == src is allowed if these are one."""
         if self._wire is self._stored:

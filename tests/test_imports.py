@@ -35,11 +35,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "arrays": ("frameworks", "arrays", "reduction"),
     "transport": ("transport", "transport.loopback", "transport.mpi", "transport.torch"),
-    "executor": ("executor", "programs", "slabs", "reduce_programs"),
+    "executor": ("executor", "launches", "programs", "slabs", "reduce_programs", "transport.nccl"),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "core"),
-    "bootstrap": ("bootstrap",),
+    "bootstrap": ("bootstrap", "linkup"),
     "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
     "communicator": ("communicator", "functions", "probe"),
 }
@@ -66,6 +66,7 @@ ONLY: dict[str, set[str]] = {
     "transport.loopback": {"errors", "transport"},
     "transport.mpi": {"errors", "transport"},
     "transport.torch": {"errors", "transport"},
+    "transport.nccl": {"errors", "executor", "launches"},
     "executor": {"transport"},
     "work": {"errors", "transport"},
     "engine": {"errors", "transport", "work"},
@@ -76,6 +77,7 @@ ONLY: dict[str, set[str]] = {
 LIBRARIES = {  # beside NumPy
     "transport.mpi": {"mpi4py"},
     "transport.torch": {"torch"},
+    "transport.nccl": {"cupy"},
     "bootstrap": {"mpi4py", "torch"},
     "ring_solver": {"ortools"},
 }
