@@ -5,7 +5,8 @@
     ...                                         # bytes move into out.address
     return result(out)                          # NumPy array, torch tensor, jax.Array, bytearray ...
 
-Only frameworks that are already loaded are touched. Everything here is host memory.
+Only frameworks that are already loaded are touched. Memory is the host's, or a GPU's (torch, CuPy, and what has
+`__cuda_array_interface__` where CuPy is installed), which only its own framework reads and writes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from .frameworks import (
     Buffer,
+    Cupy,
     Dlpack,
     Flat,
     Held,
@@ -37,6 +39,7 @@ __all__ = ["Buffer", "describe", "memory_at", "new", "overlap", "packed", "resul
 _TORCH = Torch()
 _JAX = Jax()
 _FLAT = Flat()
+_CUPY = Cupy()
 _FLAT_TYPES: dict[str, type[Any]] = {"array": stdarray.array, "bytearray": bytearray, "bytes": bytes}
 _EXPORTER = HeldKind()
 _KINDS: dict[str, Kind] = {
@@ -44,6 +47,7 @@ _KINDS: dict[str, Kind] = {
     "torch": _TORCH,
     "jax": _JAX,
     "dlpack": Dlpack(),
+    "cupy": _CUPY,
     **dict.fromkeys(_FLAT_TYPES, _FLAT),
     **dict.fromkeys(("memoryview", "buffer", "interface"), _EXPORTER),
 }
@@ -66,6 +70,9 @@ def describe(array: Any, name: str) -> Buffer:
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(array, getattr(jax, "Array", ())):
         return _JAX.describe(array, name)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
+        return _CUPY.describe(array, name)
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
             rule = f"must not be masked, the mask would be lost: pass {name}.filled() or {name}.data"
@@ -139,14 +146,23 @@ def _describe_exporter(array: Any, name: str) -> Buffer:
     for kind, type_ in _FLAT_TYPES.items():
         if isinstance(array, type_):
             return _describe_memory(array, kind, name)
+    if hasattr(array, "__cuda_array_interface__"):
+        return _describe_cuda(array, name)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         return _describe_dlpack(array, name)
-    if hasattr(array, "__cuda_array_interface__"):
-        raise type_error(name, array, "must be in host memory, not on a GPU: pass a copy on the host")
     if hasattr(array, "__array_interface__"):
         host = np.asarray(array)
         return buffer_of(host, Held(host, array), "interface", name)
     return _describe_memory(array, "memoryview" if isinstance(array, memoryview) else "buffer", name)
+
+
+def _describe_cuda(array: Any, name: str) -> Buffer:
+    try:
+        import cupy
+    except ImportError as error:
+        rule = f"must be in host memory where CuPy is not installed ({error}): pass a copy on the host"
+        raise type_error(name, array, rule) from error
+    return _CUPY.describe(cupy.asarray(array), name)
 
 
 def _describe_dlpack(array: Any, name: str) -> Buffer:

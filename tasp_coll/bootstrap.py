@@ -170,6 +170,9 @@ class _Round:
         """Who is waited for."""
         return self.rounds.pending(), None
 
+    def hand_over(self) -> None:
+        """Nothing is handed over."""
+
 
 @dataclass
 class Join(_Round):

@@ -64,11 +64,10 @@ class AllGather(Collective):
         _, target, source = self._unpacking
         target[...] = source
 
-    def own(self) -> None:
+    def own(self) -> list[tuple[int, int, int]]:
         assert self.out is not None
         place = self.out.address + sum(self.sizes()[: self.core.rank])
-        if place != self.send.address:
-            ctypes.memmove(place, self.send.address, self.send.nbytes)
+        return [(place, self.send.address, self.send.nbytes)] if place != self.send.address else []
 
     def native(self) -> NativeRequest:
         assert self.out is not None
@@ -319,14 +318,14 @@ class AllToAll(Collective):
         assert self.out is not None
         return ({"send": self.send.address, "recv": self.out.address},)
 
-    def own(self) -> None:
-        self._place(self.core.rank, self.send.address)
+    def own(self) -> list[tuple[int, int, int]]:
+        return [self._place(self.core.rank, self.send.address)]
 
     def unpack(self) -> None:
         for rank in range(self.core.size):
-            self._place(rank, self.core.rounds.payload(rank))
+            ctypes.memmove(*self._place(rank, self.core.rounds.payload(rank)))
 
-    def _place(self, rank: int, address: int) -> None:
-        """Put this rank's block of the array at `address`, which `rank` sent, where it belongs."""
+    def _place(self, rank: int, address: int) -> tuple[int, int, int]:
+        """Where this rank's block of the array at `address`, which `rank` sent, belongs; where it is; its bytes."""
         assert self.out is not None
-        ctypes.memmove(self.out.address + rank * self._block, address + self.core.rank * self._block, self._block)
+        return self.out.address + rank * self._block, address + self.core.rank * self._block, self._block

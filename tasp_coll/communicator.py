@@ -25,6 +25,7 @@ from tasp_coll import bootstrap, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
 from tasp_coll.core import Core
+from tasp_coll.device import stream_handle
 from tasp_coll.engine import Engine, abandon_busy
 from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.forecast import Case, seconds_of
@@ -50,7 +51,8 @@ class Communicator:
     topology: a Topology, a preset's spec or a file's path; None: what TASP_COLL_TOPOLOGY names, else a full mesh of
         equal links.
     timeout: seconds without progress after which a wait ends; None: TASP_COLL_TIMEOUT, else 600.
-    stream: for device arrays, which this version does not carry; must be None.
+    stream: the CUDA stream for arrays on a GPU: CuPy's, torch's or a handle; None: the current one of each call's
+        framework.
     self_heal: re-planning around dead links, which this version does not do; must be False.
 
     Raises MismatchError on every rank if ranks were given different topologies or one could not read its own.
@@ -72,8 +74,11 @@ class Communicator:
         except ArgumentError as bad:
             error = bad
         transport = bootstrap.connect(group, seconds)
-        if stream is not None:
-            error = error or ArgumentError(f"stream must be None for arrays in host memory, got {stream!r}")
+        handle: int | None = None
+        try:
+            handle = stream_handle(stream)
+        except ArgumentError as bad:
+            error = error or bad
         if self_heal:
             error = error or ArgumentError(f"self_heal must be False in this version, got {self_heal!r}")
         try:
@@ -81,6 +86,7 @@ class Communicator:
         except CollectiveError:
             transport.close()
             raise
+        self._core.stream = handle
         _register(self)
 
     @property
@@ -129,14 +135,16 @@ class Communicator:
     ) -> Any:
         """Every rank's array on every rank: (d0, *rest) each -> (n * d0, *rest), rank-major; 0-d arrays give (n,).
 
-        send: NumPy, torch (CPU), JAX (CPU) or anything with DLPack, `__array_interface__` or the buffer protocol;
-            any dtype; the same shape and dtype on all ranks. Never changed; packed once if it is not contiguous.
+        send: NumPy, torch, CuPy, JAX (CPU) or anything with DLPack, `__array_interface__`, `__cuda_array_interface__`
+            or the buffer protocol; any dtype; the same shape and dtype on all ranks, and on a GPU on all or on none.
+            Never changed; packed once if it is not contiguous. Arrays on GPUs travel by NCCL, in the order of the
+            stream (see the constructor): the call returns when the stream has been given everything.
         recv: None (the result is made, of send's kind), or memory for it: writable, contiguous, of send's dtype and
             the result's shape, apart from send, or with send as exactly its own slice of rows (in place).
         algorithm: "rings" (all link-disjoint rings; `rings=k`: k of them), "ring", "direct" (everyone sends to
             everyone), "hierarchical" (several equal nodes: along rails, and inside nodes), "native" (the MPI
-            library's own), a `Schedule` of your own, or "auto", which takes the fastest by the cost model or by
-            the table that `tune` measured, the same on all ranks.
+            library's own, on GPUs NCCL's), a `Schedule` of your own, or "auto", which takes the fastest by the cost
+            model or by the table that `tune` measured, the same on all ranks.
         async_op: return at once with a `Work`, whose `wait()` gives the result and whose `test()` says if it is there;
             data moves in the background. Touch neither array until then.
 
@@ -313,7 +321,9 @@ class Communicator:
     def _call(self, kind: type[Collective], send: Any, recv: Any, options: Options, async_op: bool) -> Any:
         core = self._core
         if async_op:
-            return core.engine.submit(kind(core, send, recv, options))
+            operation = kind(core, send, recv, options)
+            operation.aside()
+            return core.engine.submit(operation)
         # Arrays seen before need no second look: that is most of a small call's time.
         found = core.memos.take(kind, send, recv, options)
         if found is None:

@@ -6,18 +6,21 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from tasp_coll.agreement import Rounds
+from tasp_coll.device import Device, Guard
 from tasp_coll.engine import Engine
+from tasp_coll.errors import ArgumentError
 from tasp_coll.executor import Exchange, Program
 from tasp_coll.forecast import Choice
 from tasp_coll.memos import Memos
 from tasp_coll.schedule import Schedule, plan
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
+from tasp_coll.transport.nccl import load
 from tasp_coll.tuning import Chooser, Situation
 
 SLOTS = 8  # lanes are numbered lane * SLOTS + slot: slot 0 for calls, the others for streams of steps
@@ -135,11 +138,14 @@ class Core:
         self.chooser = Chooser()
         self.calls: Cache[Hashable, object] = Cache(4 * _PLANS)
         self.compiled: Cache[Hashable, Compiled] = Cache(_PLANS, Compiled.free)
+        self.launches: Cache[Hashable, Any] = Cache(_PLANS)
         self._schedules: Cache[Hashable, Schedule] = Cache(_PLANS)
         self.arena = Arena()  # of calls, which run one after another; a stream has its own
         self.memos = Memos()
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
+        self.stream: int | None = None  # that the user wants for arrays on a GPU
+        self._gpu: tuple[Device, Guard] | None = None
         self.last_choice: Choice | None = None
 
     def schedule(self, collective: str, choice: Choice, reverse: bool = False) -> Schedule:
@@ -169,10 +175,27 @@ class Core:
             self._schedules.put(key, schedule)
         return schedule
 
+    def gpu(self, number: int) -> tuple[Device, Guard]:
+        """This rank's GPU, and what guards it; the first array on one decides which it is."""
+        if self._gpu is None:
+            load()  # says what is missing
+            device = Device(number, self.stream)
+            self._gpu = device, Guard(device, self.engine.timeout, self.engine.abandon)
+        if self._gpu[0].number != number:
+            raise ArgumentError(
+                f"arrays must be on GPU {self._gpu[0].number}, where this communicator began, got one on GPU {number}"
+            )
+        return self._gpu
+
     def close(self) -> None:
         """Finish what is under way and free everything; after a failure everything stays as it is."""
+        if self._gpu is not None:
+            device, guard = self._gpu
+            device.close(None if self.engine.broken is None else self.engine.broken)
+            guard.close()
         if self.engine.close() and not self.engine.broken:
             self.compiled.clear()
+            self.launches.clear()
             self.calls.clear()
             self.memos.clear()
             self._schedules.clear()

@@ -35,6 +35,7 @@ class Buffer(NamedTuple):
     readonly: bool
     kind: str
     owner: Any  # keeps the memory alive; results are made from it
+    device: int | None = None  # number of the GPU; None is host memory
 
 
 class Held(NamedTuple):
@@ -231,14 +232,14 @@ class Jax(HeldKind):
 
 
 class Torch:
-    """torch.Tensor in host memory; the owner is the tensor. Results carry no gradient."""
+    """torch.Tensor in host memory or on a GPU; the owner is the tensor. Results carry no gradient."""
 
     def describe(self, tensor: Any, name: str) -> Buffer:
         torch = sys.modules["torch"]
-        if not tensor.is_cpu:
+        if not (tensor.is_cpu or tensor.is_cuda):
             if tensor.is_meta:
                 raise type_error(name, tensor, "must hold values, not be on the meta device")
-            rule = f"must be in host memory, not on {tensor.device}: pass {name}.cpu()"
+            rule = f"must be in host memory or on a GPU, not on {tensor.device}: pass {name}.cpu()"
             raise type_error(name, tensor, rule)
         if tensor.layout is not torch.strided or tensor.is_nested:
             rule = f"must be dense, not sparse or nested ({tensor.layout}): pass its values or {name}.to_dense()"
@@ -267,6 +268,7 @@ class Torch:
             lazy,  # written values would stay in the resolved copy
             "torch",
             tensor,
+            tensor.get_device() if tensor.is_cuda else None,
         )
 
     def strides(self, buffer: Buffer) -> Shape:
@@ -276,7 +278,7 @@ class Torch:
         return self.describe(buffer.owner.detach().contiguous(), "")
 
     def new(self, like: Buffer, shape: Shape) -> Buffer:
-        return self.describe(sys.modules["torch"].empty(shape, dtype=like.owner.dtype, device="cpu"), "")
+        return self.describe(sys.modules["torch"].empty(shape, dtype=like.owner.dtype, device=like.owner.device), "")
 
     def result(self, buffer: Buffer) -> Any:
         return buffer.owner
@@ -288,3 +290,33 @@ class Torch:
         if readonly or not memory.flags.writeable:  # torch has no read-only tensors
             memory, offset = memory[offset : offset + count * like.itemsize].copy(), 0
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+class Cupy:
+    """cupy.ndarray; the owner is the array, and so is what is made of `__cuda_array_interface__`."""
+
+    def describe(self, array: Any, name: str) -> Buffer:
+        dtype = numpy_dtype_name(array.dtype)
+        flags = array.flags
+        address, device = int(array.data.ptr), int(array.device.id)
+        return Buffer(
+            address, array.nbytes, array.shape, dtype, array.itemsize, flags.c_contiguous, False, "cupy", array, device
+        )
+
+    def strides(self, buffer: Buffer) -> Shape:
+        found: Shape = buffer.owner.strides
+        return found
+
+    def packed(self, buffer: Buffer) -> Buffer:
+        with sys.modules["cupy"].cuda.Device(buffer.device):
+            return self.describe(sys.modules["cupy"].ascontiguousarray(buffer.owner), "")
+
+    def new(self, like: Buffer, shape: Shape) -> Buffer:
+        with sys.modules["cupy"].cuda.Device(like.device):
+            return self.describe(sys.modules["cupy"].empty(shape, like.owner.dtype), "")
+
+    def result(self, buffer: Buffer) -> Any:
+        return buffer.owner
+
+    def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
+        raise type_error("send", like.owner, "must be in host memory to go step by step: pass cupy.asnumpy(send)")

@@ -51,6 +51,9 @@ class LinkUp:
     def result(self) -> None:
         """Of `quick`, so never asked for."""
 
+    def hand_over(self) -> None:
+        """Nothing is handed over."""
+
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for."""
         if self.phase == "joining NCCL":

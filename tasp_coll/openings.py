@@ -47,6 +47,10 @@ class Opening(Collective):
                 f"algorithm must be one of {', '.join(self.algorithms())} to go step by step"
                 f"{_IN_WORDS.get(self.options.extra, '')}, got {self.options.label!r}"
             )
+        if self.gpu is not None:
+            raise ArgumentTypeError(
+                f"arrays must be in host memory to go step by step, got one on GPU {self.send.device}"
+            )
         if not self.send.shape:
             raise ArgumentError("an axis 0 is needed to go by rows, got a 0-d array")
         self._shape = Shape.of(self.send.shape)

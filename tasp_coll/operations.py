@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,12 +11,16 @@ from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Arena, Compiled, Core
+from tasp_coll.device import OnGpu
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
 from tasp_coll.forecast import Choice, choice_of, direct
+from tasp_coll.launches import Launch, launches
+from tasp_coll.linkup import LinkUp
 from tasp_coll.options import Call, Options
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
+from tasp_coll.transport.nccl import load
 from tasp_coll.tuning import rule
 
 _HALVES = ("bfloat16", "float16")
@@ -34,6 +39,8 @@ class Collective:
     name = ""
     slot = 0
     repeatable = True  # can be run again with the same arrays
+    gpu: OnGpu | None = None
+    linking: LinkUp | None = None
 
     def __init__(self, core: Core, send: Any, recv: Any, options: Options) -> None:
         self.core, self.options = core, options
@@ -47,6 +54,8 @@ class Collective:
         self._small = self._posted = False
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
+            if self.send.device is not None:
+                self.gpu = OnGpu(core.gpu(self.send.device)[0], self.send.kind)
             self.call = self._known_call()
             self.prepare(recv)
         except CollectiveError as error:
@@ -100,8 +109,9 @@ class Collective:
         """Make the result from the payloads of the agreement."""
         raise NotImplementedError
 
-    def own(self) -> None:
-        """What this rank does for itself, last: its core and caches are wanted for the messages before."""
+    def own(self) -> list[tuple[int, int, int]]:
+        """What this rank copies for itself, (to, from, bytes), last: messages want its core and caches first."""
+        return []
 
     def native(self) -> NativeRequest:
         """For the library's own collective."""
@@ -116,12 +126,14 @@ class Collective:
     def _known_call(self) -> Call:
         """The call of these arguments, made once."""
         self.options.check_types(self.core.size)
-        key = (self.name, self.key(), self.options, type(self.options.rings))
+        key = (self.name, self.key(), self.options, type(self.options.rings), self.gpu is None)
         found = self.core.calls.get(key)
         if isinstance(found, Call):
             return found
         self.options.check(self.collective, self.core)
         call = self.describe()
+        if self.gpu is not None:
+            call = Call.of(**dict(call.described), where="GPU")
         self.core.calls.put(key, call)
         return call
 
@@ -145,7 +157,8 @@ class Collective:
 
     def _fits(self) -> bool:
         return (
-            self.options.rings is None
+            self.gpu is None
+            and self.options.rings is None
             and self.options.algorithm in ("auto", "direct")
             and (self.send.nbytes <= self.core.rounds.capacity)
         )
@@ -174,7 +187,9 @@ class Collective:
     def run(self) -> Steps:
         """The collective, as the engine runs it."""
         yield from self.agree()
-        if self.inline():
+        if self.gpu is not None:
+            yield from self._run_on_gpu(self.gpu)
+        elif self.inline():
             self.unpack()
             self.chosen = self.chosen or direct(self.collective, self.core.size)
             self._small = self.repeatable
@@ -196,6 +211,8 @@ class Collective:
         """Who is waited for; see `work.Operation`."""
         if self.flow is not None and self.phase == _MOVING:
             return self.flow.pending()
+        if self.linking is not None:
+            return self.linking.pending()
         return self.core.rounds.pending(), None
 
     def agree(self) -> Steps:
@@ -251,6 +268,9 @@ class Collective:
         if options.named is not None:
             return choice_of(options.named, self.collective, core.size, size, options.rings)
         half = self.collective != "allgather" and self.send.dtype in _HALVES
+        if self.gpu is not None:
+            situation = replace(core.situation, native=self._gpu_native())
+            return rule(situation, self.collective, size, half, core.chooser.costs)
         chosen = core.chooser.choose(core.situation, self.collective, size, half)
         if chosen.algorithm == "native" and not core.transport.has_native(self.native()):
             return rule(replace(core.situation, native=False), self.collective, size, half, core.chooser.costs)
@@ -297,7 +317,82 @@ class Collective:
             self.flow = Flow(compiled.exchange(index, bases))
             while not self.flow.done:
                 yield self.flow.poll()
-        self.own()
+        for dst, src, nbytes in self.own():
+            ctypes.memmove(dst, src, nbytes)
+
+    # --- on a GPU
+
+    def aside(self) -> None:
+        """The caller goes on while this runs."""
+        if self.gpu is not None and self.error is None:
+            self.gpu.aside()
+
+    def hand_over(self) -> None:
+        """In the thread of the caller who has waited."""
+        if self.gpu is not None:
+            self.gpu.hand_over()
+
+    def _run_on_gpu(self, gpu: OnGpu) -> Steps:
+        """Give everything to the stream; the GPU does it in its own time."""
+        device, guard = self.core.gpu(gpu.device.number)
+        if device.links is None:
+            yield from self._link_up(gpu)
+        gpu.begin()
+        self.chosen = self.chosen or self._choose()
+        if self.chosen is not None and self.chosen.algorithm == "native":
+            self._give_native(gpu)
+        else:
+            given = yield from self._launches()
+            for (steps, stage_bytes), bases in zip(given, self.bases(), strict=True):
+                device.run(steps, bases, stage_bytes, gpu.stream)
+        device.copy(self.own(), gpu.stream)
+        guard.watch(gpu.end(self.name, self.held, self.send, self.given, self.out))
+
+    def _link_up(self, gpu: OnGpu) -> Steps:
+        """The first call on GPUs links them."""
+        self.linking = LinkUp(self.core.rounds, load(), gpu.device)
+        running = self.linking.run()
+        while True:
+            try:
+                moved = next(running)
+            except StopIteration:
+                break
+            self.phase = self.linking.phase
+            yield moved
+        self.linking = None
+
+    def _gpu_native(self) -> bool:
+        return self.collective == "allgather" and len(set(self.sizes())) == 1
+
+    def _give_native(self, gpu: OnGpu) -> None:
+        if not self._gpu_native():
+            raise ArgumentError(
+                f"algorithm 'native': on GPUs there is only an allgather of equal shards, no {self.name}"
+            )
+        assert self.out is not None
+        assert gpu.device.links is not None
+        gpu.device.links.allgather(self.send.address, self.out.address, self.send.nbytes, gpu.stream.ptr)
+
+    def _launches(self) -> Generator[bool, None, Sequence[tuple[tuple[Launch, ...], int]]]:
+        """Launches and staging bytes of each program; new ones are made on all ranks before any of them goes on."""
+        core, key = self.core, (*self.compiled_key(), "GPU")
+        found = core.launches.get(key)
+        if found is not None:
+            return found
+        try:
+            programs = self.programs(self._schedule())
+            found = [(launches(program), program.stage_bytes) for program in programs]
+            core.launches.put(key, found)
+            core.planned += 1
+        except CollectiveError as error:
+            self.error = error
+        try:
+            yield from self.confirm()
+        except MismatchError:
+            core.launches.remove(key)
+            raise
+        assert found is not None
+        return found
 
     def _run_native(self) -> Steps:
         wanted = self.native()
@@ -322,6 +417,9 @@ class Collective:
             raise ArgumentTypeError(f"recv must be writable, got a read-only {out.kind} array")
         if not out.contiguous:
             raise ArgumentError(f"recv must be contiguous, got a strided array of shape {out.shape}")
+        if out.device != self.send.device:
+            where = [_where(buffer.device) for buffer in (self.send, out)]
+            raise ArgumentError(f"recv must be where send is, {where[0]}, got one {where[1]}")
         if out.dtype != self.send.dtype:
             raise ArgumentError(f"recv must have send's dtype {self.send.dtype}, got {out.dtype}")
         self.check_shape(out, shape)
@@ -346,3 +444,7 @@ class Collective:
         ):
             return
         raise ArgumentError(f"recv must have shape {shape}, got {out.shape}")
+
+
+def _where(device: int | None) -> str:
+    return "in host memory" if device is None else f"on GPU {device}"

@@ -197,6 +197,9 @@ class _Probe:
         """Who is waited for."""
         return self.flow.pending() if self.flow is not None else (self.core.rounds.pending(), None)
 
+    def hand_over(self) -> None:
+        """Nothing is handed over."""
+
     def run(self) -> Generator[bool, None, float]:
         """A round, so that all begin at about the same time, then the messages; when they began."""
         rounds = self.core.rounds

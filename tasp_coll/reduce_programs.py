@@ -14,7 +14,7 @@ from typing import Literal
 from tasp_coll.executor import Action, Builder, Exchange, Node, Piece, Place, Program
 from tasp_coll.layouts import Key
 from tasp_coll.programs import ALIGN, Cuts, Move, Slots, Use, moves, own_keys
-from tasp_coll.reduction import Reduction
+from tasp_coll.reduction import HOST, Memory, Reduction
 from tasp_coll.schedule import Schedule
 from tasp_coll.slabs import handled, layout, slabs
 
@@ -39,7 +39,11 @@ class Arithmetic:
 
     def __call__(self, at: Exchange) -> None:
         """In host memory."""
-        getattr(self.how, self.kind)(at.address(self.target), at.address(self.source), self.count)
+        self.run(at.address, HOST)
+
+    def run(self, address: Callable[[Place], int], memory: Memory) -> None:
+        """In the memory that `address` finds places in."""
+        getattr(self.how, self.kind)(address(self.target), address(self.source), self.count, memory)
 
 
 @dataclass(frozen=True)

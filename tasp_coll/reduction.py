@@ -2,7 +2,8 @@
 
 Contributions come in the caller's dtype; partial results travel and are accumulated in a wire dtype, which is
 float32 for bfloat16 and float16 (whose few bits of mantissa would be rounded at every hop), else the dtype
-itself. All memory is given by address, counts are in elements.
+itself. All memory is given by address, counts are in elements. A `Memory` says whose addresses they are: NumPy's
+functions serve CuPy's arrays too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,22 +26,50 @@ _HALVES = ("bfloat16", "float16")
 _COMPLEX = ("complex64", "complex128")
 DTYPES = ("bool", *_INTEGERS, *_HALVES, "float32", "float64", *_COMPLEX)
 _FLOAT32, _UINT32 = np.dtype(np.float32), np.dtype(np.uint32)
-_BLOCK = 1 << 16  # elements widened at a time: the temporaries stay in the second-level cache
 
 # One array type for every address and length: from_address touches no memory, frombuffer's count bounds it.
-_Memory = ctypes.c_char * sys.maxsize
+_Bytes = ctypes.c_char * sys.maxsize
 _NDArray = np.ndarray[Any, Any]
 
 
-def _at(address: int, dtype: np.dtype[Any], count: int) -> _NDArray:
-    memory: Any = _Memory.from_address(address)
-    array: _NDArray = np.frombuffer(memory, dtype, count)
-    return array
+class Memory(Protocol):
+    """Where addresses point."""
+
+    block: int  # elements that are widened at a time
+
+    def array(self, address: int, dtype: np.dtype[Any], count: int) -> _NDArray:
+        """(count,) at an address, without a copy."""
+
+    def empty(self, count: int, dtype: np.dtype[Any]) -> _NDArray:
+        """(count,) of fresh memory."""
+
+    def move(self, dst: int, src: int, nbytes: int) -> None:
+        """Copy bytes."""
 
 
-def _blocks(*arrays: _NDArray) -> Iterator[tuple[_NDArray, ...]]:
-    for start in range(0, len(arrays[0]), _BLOCK):
-        yield tuple(array[start : start + _BLOCK] for array in arrays)
+class HostMemory:
+    """This process's."""
+
+    block = 1 << 16  # the temporaries stay in the second-level cache
+
+    def array(self, address: int, dtype: np.dtype[Any], count: int) -> _NDArray:
+        memory: Any = _Bytes.from_address(address)
+        array: _NDArray = np.frombuffer(memory, dtype, count)
+        return array
+
+    def empty(self, count: int, dtype: np.dtype[Any]) -> _NDArray:
+        return np.empty(count, dtype)
+
+    def move(self, dst: int, src: int, nbytes: int) -> None:
+        ctypes.memmove(dst, src, nbytes)
+
+
+HOST = HostMemory()
+
+
+def _blocks(length: int, *arrays: _NDArray) -> Iterator[tuple[_NDArray, ...]]:
+    for start in range(0, len(arrays[0]), length):
+        yield tuple(array[start : start + length] for array in arrays)
 
 
 def _widen(wide: _NDArray, stored: _NDArray) -> None:
@@ -60,14 +89,12 @@ def _narrow(stored: _NDArray, wide: _NDArray) -> None:
         return
     bits = wide.view(_UINT32)
     rounded = bits >> np.uint32(16)
-    nan = np.isnan(wide)
-    quiet = (rounded[nan] | np.uint32(0x40)) if nan.any() else None
+    quiet = rounded | np.uint32(0x40)
     rounded &= np.uint32(1)  # the last bit that stays decides ties
     rounded += np.uint32(0x7FFF)
     rounded += bits
     rounded >>= np.uint32(16)
-    if quiet is not None:
-        rounded[nan] = quiet
+    np.copyto(rounded, quiet, where=np.isnan(wide))
     np.copyto(stored, rounded, casting="unsafe")
 
 
@@ -119,48 +146,50 @@ class Reduction:
     def wire_itemsize(self) -> int:
         return self._wire.itemsize
 
-    def copy(self, dst: int, src: int, count: int) -> None:
+    def copy(self, dst: int, src: int, count: int, memory: Memory = HOST) -> None:
         """`count` elements at `src` -> `dst`, both of the dtype: the sum over one rank."""
-        ctypes.memmove(dst, src, count * self.itemsize)
+        memory.move(dst, src, count * self.itemsize)
 
-    def widen(self, dst: int, src: int, count: int) -> None:
+    def widen(self, dst: int, src: int, count: int, memory: Memory = HOST) -> None:
         """`count` elements at `src` (dtype) -> `dst` (wire dtype). dst == src is allowed if these are one."""
         if self._wire is self._stored:
-            ctypes.memmove(dst, src, count * self.itemsize)
+            memory.move(dst, src, count * self.itemsize)
         elif count:
-            for wide, stored in _blocks(_at(dst, self._wire, count), _at(src, self._stored, count)):
+            arrays = memory.array(dst, self._wire, count), memory.array(src, self._stored, count)
+            for wide, stored in _blocks(memory.block, *arrays):
                 _widen(wide, stored)
 
-    def combine(self, acc: int, contribution: int, count: int) -> None:
+    def combine(self, acc: int, contribution: int, count: int, memory: Memory = HOST) -> None:
         """acc (wire dtype) op= contribution (dtype), `count` elements each."""
         if self._wire is self._stored:
-            self.merge(acc, contribution, count)
+            self.merge(acc, contribution, count, memory)
         elif count:
-            scratch = np.empty(min(count, _BLOCK), self._wire)
-            for wide, stored in _blocks(_at(acc, self._wire, count), _at(contribution, self._stored, count)):
+            scratch = memory.empty(min(count, memory.block), self._wire)
+            arrays = memory.array(acc, self._wire, count), memory.array(contribution, self._stored, count)
+            for wide, stored in _blocks(memory.block, *arrays):
                 _widen(scratch[: len(stored)], stored)
                 self._accumulate(wide, scratch[: len(stored)])
 
-    def merge(self, acc: int, partial: int, count: int) -> None:
+    def merge(self, acc: int, partial: int, count: int, memory: Memory = HOST) -> None:
         """acc op= partial, `count` elements of the wire dtype each."""
         if count:
-            self._accumulate(_at(acc, self._wire, count), _at(partial, self._wire, count))
+            self._accumulate(memory.array(acc, self._wire, count), memory.array(partial, self._wire, count))
 
-    def finish(self, dst: int, acc: int, count: int) -> None:
+    def finish(self, dst: int, acc: int, count: int, memory: Memory = HOST) -> None:
         """`count` results at `acc` (wire dtype) -> `dst` (dtype): divided by `ranks` for "avg", then rounded
         to nearest, ties to even. `acc` is left as it was; dst == acc is allowed if the dtypes are one."""
         if not count:
             return
         divide = self.op == "avg" and self.ranks > 1
         if self._wire is self._stored and not divide:
-            ctypes.memmove(dst, acc, count * self.itemsize)
+            memory.move(dst, acc, count * self.itemsize)
             return
-        stored, wide = _at(dst, self._stored, count), _at(acc, self._wire, count)
+        stored, wide = memory.array(dst, self._stored, count), memory.array(acc, self._wire, count)
         with np.errstate(all="ignore"):
             if self._wire is self._stored:
                 np.divide(wide, self._wire.type(self.ranks), out=stored)
                 return
-            for narrow, block in _blocks(stored, wide):
+            for narrow, block in _blocks(memory.block, stored, wide):
                 _narrow(narrow, block / self._wire.type(self.ranks) if divide else block)
 
     def _accumulate(self, acc: _NDArray, more: _NDArray) -> None:

@@ -33,6 +33,9 @@ class Operation(Protocol):
     def pending(self) -> tuple[set[int], int | None]:
         """Peers that are waited for, and the step (None where there are none)."""
 
+    def hand_over(self) -> None:
+        """Called in the thread of whoever waited for it, which uses the result from now on."""
+
 
 class Driver(Protocol):
     """What works need of the engine."""
@@ -75,6 +78,7 @@ class Work:
             self.fail(error)
         if self._error is not None:
             raise self._error
+        self.operation.hand_over()
         return self._value
 
     def test(self) -> bool:

@@ -8,11 +8,13 @@ first receive. Nothing is buffered, the strictest order that NCCL allows: what r
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import combinations, count
+from typing import Any
 
 SIGNATURES = {  # as the docstrings of CuPy 14 have them
     "NcclCommunicator": "int ndev, bytes commId, int rank, NcclConfig config=None",
@@ -58,7 +60,7 @@ class Group:
     left: int = 0
 
 
-Item = Group | Callable[[], None]
+Item = Group | Callable[[], object]
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Fabric:
     streams: dict[tuple[int, int], deque[Item]] = field(default_factory=lambda: defaultdict(deque))
     records: dict[int, list[Group]] = field(default_factory=lambda: defaultdict(list))
     failed: str | None = None  # an asynchronous error, for all to see
+    lock: Any = field(default_factory=threading.RLock)
     _ids: count[int] = field(default_factory=count)
     _posted: dict[tuple[bytes, int, int, bool], deque[tuple[Group, Message]]] = field(
         default_factory=lambda: defaultdict(deque)
@@ -75,17 +78,24 @@ class Fabric:
 
     def run(self) -> None:
         """Until all streams are empty; Stuck if they never will be."""
-        while any(self.streams.values()):
-            if not sum(self._advance(queue) for queue in self.streams.values()):
-                heads = {key: queue[0] for key, queue in self.streams.items() if queue}
-                raise Stuck(f"streams wait for each other: {heads}")
+        self.pump()
+        heads = {key: queue[0] for key, queue in self.streams.items() if queue}
+        if heads:
+            raise Stuck(f"streams wait for each other: {heads}")
+
+    def pump(self) -> None:
+        """As far as it goes now."""
+        with self.lock:
+            while sum(self._advance(queue) for queue in list(self.streams.values())):
+                pass
 
     def _advance(self, queue: deque[Item]) -> bool:
         if not queue:
             return False
         head = queue[0]
         if not isinstance(head, Group):
-            head()
+            if head() is False:  # it waits for something
+                return False
             queue.popleft()
             return True
         moved = not head.begun
@@ -121,7 +131,7 @@ class Nccl:
 
     def __init__(self, fabric: Fabric, ids: str = "bytes") -> None:
         self._fabric, self._ids = fabric, ids
-        self._open: list[tuple[NcclCommunicator, int, Message]] | None = None
+        self._group = threading.local()  # as in NCCL, groups are a thread's own
         module = self
 
         class Bound(NcclCommunicator):
@@ -137,17 +147,23 @@ class Nccl:
         identity = next(self._fabric._ids).to_bytes(1, "big") + b"\xfe" + bytes(126)
         return identity if self._ids == "bytes" else tuple(byte - 256 if byte > 127 else byte for byte in identity)
 
+    @property
+    def opened(self) -> list[tuple[NcclCommunicator, int, Message]] | None:
+        """What the thread's open group has been given."""
+        return getattr(self._group, "given", None)
+
     def groupStart(self) -> None:
-        assert self._open is None, "groups are not nested here"
-        self._open = []
+        assert self.opened is None, "groups are not nested here"
+        self._group.given = []
 
     def groupEnd(self) -> None:
-        assert self._open is not None
-        given, self._open = self._open, None
+        given, self._group.given = self.opened, None
+        assert given is not None
         for comm, stream in dict.fromkeys((comm, stream) for comm, stream, _ in given):
             messages = tuple(message for owner, at, message in given if (owner, at) == (comm, stream))
-            self._fabric.records[comm.rank].append(group := Group(comm.rank, comm.identity, messages))
-            self._fabric.streams[comm.rank, stream].append(group)
+            with self._fabric.lock:
+                self._fabric.records[comm.rank].append(group := Group(comm.rank, comm.identity, messages))
+                self._fabric.streams[comm.rank, stream].append(group)
 
 
 class NcclCommunicator:
@@ -168,7 +184,8 @@ class NcclCommunicator:
         """As its definition has it, by sends and receives."""
         place = recvbuf + self.rank * count
         if place != sendbuf:
-            self._module._fabric.streams[self.rank, stream].append(lambda: _move(place, sendbuf, count))
+            with self._module._fabric.lock:
+                self._module._fabric.streams[self.rank, stream].append(lambda: _move(place, sendbuf, count))
         self._module.groupStart()
         for peer in range(self.size):
             if peer != self.rank:
@@ -182,8 +199,13 @@ class NcclCommunicator:
             raise NcclError(self._module._fabric.failed)
 
     def abort(self) -> None:
+        """Whatever waits on the device is over."""
         assert self.state == "open"
         self.state = "aborted"
+        with self._module._fabric.lock:
+            for (rank, _), queue in self._module._fabric.streams.items():
+                if rank == self.rank:
+                    queue.clear()
 
     def destroy(self) -> None:
         assert self.state == "open", "what was aborted is gone"
@@ -191,11 +213,11 @@ class NcclCommunicator:
 
     def _add(self, message: Message, stream: int) -> None:
         assert self.state == "open"
-        assert self._module._open is not None, "outside of a group a send would wait for its receive"
+        assert self._module.opened is not None, "outside of a group a send would wait for its receive"
         assert 0 <= message.peer < self.size
         assert message.peer != self.rank
         assert message.nbytes > 0
-        self._module._open.append((self, stream, message))
+        self._module.opened.append((self, stream, message))
 
 
 def check_records(records: dict[int, list[Group]]) -> None:

@@ -233,7 +233,7 @@ def test_what_is_no_array_is_refused(source: Any) -> None:
             Exchanged(np.arange(3), device=(2, 1)),
             r"recv must be in host memory, not on DLPack device \(2, 1\)",
         ),
-        (SimpleNamespace(__cuda_array_interface__={}), "recv must be in host memory, not on a GPU"),
+        (SimpleNamespace(__cuda_array_interface__={}), "recv must be in host memory where CuPy is not installed"),
     ],
 )
 def test_unusable_arrays_are_refused(source: Any, pattern: str) -> None:

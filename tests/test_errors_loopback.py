@@ -486,7 +486,7 @@ def made(options: Callable[[int], dict[str, Any]]) -> list[BaseException | None]
         ({"topology": 7}, "rank 2: ArgumentTypeError: topology must be"),
         ({"timeout": -1}, "rank 2: ArgumentError: timeout must be a number of seconds > 0, got -1"),
         ({"timeout": "soon"}, "timeout must be a number of seconds > 0, got 'soon'"),
-        ({"stream": object()}, "stream must be None"),
+        ({"stream": object()}, "stream must be a CUDA stream"),
         ({"self_heal": True}, "self_heal must be False"),
     ],
 )

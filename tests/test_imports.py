@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "executor": ("executor", "launches", "programs", "slabs", "reduce_programs", "transport.nccl"),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
-    "core": ("memos", "core"),
+    "core": ("memos", "device", "core"),
     "bootstrap": ("bootstrap", "linkup"),
     "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
     "communicator": ("communicator", "functions", "probe"),
@@ -78,6 +78,8 @@ LIBRARIES = {  # beside NumPy
     "transport.mpi": {"mpi4py"},
     "transport.torch": {"torch"},
     "transport.nccl": {"cupy"},
+    "device": {"cupy"},
+    "arrays": {"cupy"},
     "bootstrap": {"mpi4py", "torch"},
     "ring_solver": {"ortools"},
 }

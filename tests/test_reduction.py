@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tasp_coll import reduction as module
 from tasp_coll.errors import ArgumentError
-from tasp_coll.reduction import DTYPES, OPS, Reduction, reduction
+from tasp_coll.reduction import DTYPES, HOST, OPS, Reduction, reduction
 
 Array = np.ndarray[Any, Any]
 FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
@@ -81,7 +80,7 @@ def samples(dtype: str, ranks: int, count: int) -> list[Array]:
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 @pytest.mark.parametrize(("op", "dtype"), CASES)
 def test_against_numpy(op: str, dtype: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK", 16)  # several blocks and a rest
+    monkeypatch.setattr(HOST, "block", 16)  # several blocks and a rest
     contributions = samples(dtype, ranks, 37)
     rule = reduction(op, dtype, ranks)
     got = run(rule, contributions)
