@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tasp_coll import arrays
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer, memory_at
-from tasp_coll.core import Arena, Compiled, Core
+from tasp_coll.core import Arena, Cache, Compiled, Core
 from tasp_coll.device import OnGpu
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
@@ -30,6 +30,7 @@ _READY = b"ready".ljust(16)
 _AGREEING, _MOVING = "agreeing on the call", "moving data"
 _QUICK_POLLS = 32
 Steps = Generator[bool, None, Any]
+V = TypeVar("V")
 
 
 class Collective:
@@ -277,21 +278,28 @@ class Collective:
         return chosen
 
     def _compiled(self) -> Generator[bool, None, Compiled]:
-        """The compiled plan; a new one is made on all ranks before any of them goes on."""
-        core, key = self.core, self.compiled_key()
-        found = core.compiled.get(key)
+        """The compiled plan."""
+
+        def make() -> Compiled:
+            return Compiled(self.core.transport, self.programs(self._schedule()), self.arena(), self.slot)
+
+        return (yield from self._made(self.core.compiled, self.compiled_key(), make))
+
+    def _made(self, cache: Cache[Hashable, V], key: Hashable, make: Callable[[], V]) -> Generator[bool, None, V]:
+        """What is kept for this call; if it is new, it is made on all ranks before any of them goes on."""
+        found = cache.get(key)
         if found is not None:
             return found
         try:
-            found = Compiled(core.transport, self.programs(self._schedule()), self.arena(), self.slot)
-            core.compiled.put(key, found)
-            core.planned += 1
+            found = make()
+            cache.put(key, found)
+            self.core.planned += 1
         except (CollectiveError, MemoryError) as error:
             self.error = error if isinstance(error, CollectiveError) else CollectiveError(f"no memory: {error}")
         try:
             yield from self.confirm()
         except MismatchError:
-            core.compiled.remove(key)
+            cache.remove(key)
             raise
         assert found is not None
         return found
@@ -373,26 +381,14 @@ class Collective:
         assert gpu.device.links is not None
         gpu.device.links.allgather(self.send.address, self.out.address, self.send.nbytes, gpu.stream.ptr)
 
-    def _launches(self) -> Generator[bool, None, Sequence[tuple[tuple[Launch, ...], int]]]:
-        """Launches and staging bytes of each program; new ones are made on all ranks before any of them goes on."""
-        core, key = self.core, (*self.compiled_key(), "GPU")
-        found = core.launches.get(key)
-        if found is not None:
-            return found
-        try:
+    def _launches(self) -> Generator[bool, None, tuple[tuple[tuple[Launch, ...], int], ...]]:
+        """Launches and staging bytes of each program."""
+
+        def make() -> tuple[tuple[tuple[Launch, ...], int], ...]:
             programs = self.programs(self._schedule())
-            found = [(launches(program), program.stage_bytes) for program in programs]
-            core.launches.put(key, found)
-            core.planned += 1
-        except CollectiveError as error:
-            self.error = error
-        try:
-            yield from self.confirm()
-        except MismatchError:
-            core.launches.remove(key)
-            raise
-        assert found is not None
-        return found
+            return tuple((launches(program), program.stage_bytes) for program in programs)
+
+        return (yield from self._made(self.core.launches, self.compiled_key(), make))
 
     def _run_native(self) -> Steps:
         wanted = self.native()
