@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "core": ("memos", "device", "core"),
     "bootstrap": ("bootstrap", "linkup"),
     "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
-    "communicator": ("communicator", "functions", "probe"),
+    "communicator": ("communicator", "functions", "probe", "torch_backend"),
 }
 ORDER = [module for room in ROOMS.values() for module in room]
 
@@ -78,6 +78,7 @@ LIBRARIES = {  # beside NumPy
     "transport.mpi": {"mpi4py"},
     "transport.torch": {"torch"},
     "transport.nccl": {"cupy"},
+    "torch_backend": {"torch"},
     "device": {"cupy"},
     "arrays": {"cupy"},
     "bootstrap": {"mpi4py", "torch"},
@@ -163,7 +164,8 @@ def test_all_public_names_load_no_library() -> None:
 
 
 def test_no_module_but_the_transports_loads_a_library() -> None:
-    modules = [f"tasp_coll.{module}" for module in ORDER if module not in ("transport.mpi", "transport.torch")]
+    with_library = ("transport.mpi", "transport.torch", "torch_backend")
+    modules = [f"tasp_coll.{module}" for module in ORDER if module not in with_library]
     assert not heavy(fresh("\n".join(f"import {module}" for module in modules)))
 
 

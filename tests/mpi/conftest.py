@@ -13,7 +13,8 @@ collect_ignore = [] if "TORCHELASTIC_RUN_ID" in os.environ else ["test_process_g
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all ranks when one ends in failure
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     RANK, SIZE, end_all = dist.get_rank(), dist.get_world_size(), os._exit
 else:
     from mpi4py import MPI
