@@ -54,7 +54,7 @@ class TorchTransport:
         self._store, self._timeout = store, timeout
         _meet(store, rank, size, timeout)
         limit = timedelta(seconds=min(timeout, 1e6))
-        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)
+        self._gloo: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)
         self._board = _Board(dist.PrefixStore("alarms", store), rank, size)
         self._waiters: dict[tuple[bool, int, int], SimpleQueue[_Started | None]] = {}
         self._threads: list[threading.Thread] = []
@@ -142,6 +142,7 @@ class TorchTransport:
             queue.put(None)
         self._waiters.clear()
         self._board.close()
+        self._gloo = None
 
 
 _Started = tuple[Any, "_TorchBatch", int]
@@ -264,11 +265,12 @@ def _wait(queue: SimpleQueue[_Started | None], news: threading.Event) -> None:
 def _meet(store: dist.Store, rank: int, size: int, timeout: float) -> None:
     """Wait until all ranks are there, so that who is missing can be named; Gloo cannot."""
     store.set(f"here/{rank}", "")
-    missing, deadline = set(range(size)) - {rank}, time.monotonic() + timeout
-    while missing := {peer for peer in missing if not store.check([f"here/{peer}"])}:
+    deadline = time.monotonic() + timeout
+    while not store.check([f"here/{peer}" for peer in range(size)]):
         if time.monotonic() > deadline:
+            store.set(f"left/{rank}", "")  # who gave up first was there
             store.delete_key(f"here/{rank}")
-            ranks = sorted(missing)
+            ranks = [peer for peer in range(size) if not any(store.check([f"{at}/{peer}"]) for at in ("here", "left"))]
             raise PeerTimeoutError(
                 f"Communicator: not all of ranks {ranks} made theirs within {timeout:.3g} s",
                 peers=ranks,
