@@ -1,304 +1,302 @@
-"""A backend of torch.distributed: unchanged DDP, FSDP2 and DTensor programs over tasp-coll's collectives.
+"""A back end of torch.distributed: `import tasp_coll.torch_backend` registers "tasp".
 
-    import tasp_coll.torch_backend                       # registers "tasp"
-    torch.distributed.init_process_group("cpu:tasp,cuda:tasp")
+    torch.distributed.init_process_group("cpu:tasp,cuda:tasp")   # then FSDP2, DDP and DTensor as they are
 
-AllGather, ReduceScatter and AllReduce of tensors in host memory are ours (single, list and coalesced forms, blocking
-and not); all else goes to Gloo, and everything on a GPU to NCCL. So do dtypes and operations that ours do not reduce.
-The topology is the one that TASP_COLL_TOPOLOGY names where a group has its number of ranks, else a full mesh.
+AllGather, ReduceScatter and AllReduce of tensors in host memory are ours, in all their forms: into tensors or lists,
+coalesced, blocking or asynchronous. Everything else is gloo's for tensors in host memory and NCCL's for CUDA tensors:
+other operations, other reductions (bitwise ones, premultiplied sums, fp8), sparse tensors, and all CUDA tensors, which
+this version does not carry (`_carried`).
+
+The group is a Python subclass of ProcessGroup, because Backend cannot be subclassed from Python in torch 2.13. torch's
+C++ reaches its Python methods for DDP and functional collectives, but not where it calls `torch.ops.c10d` or
+`all_gather_into_tensor_out` itself: these are gloo's. Topology: TASP_COLL_TOPOLOGY describes the default group; smaller
+groups have a full mesh. Connections are made at a group's first collective. A wait that fails raises a CollectiveError
+from `wait`, and RuntimeError with its text from a future.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
-from queue import SimpleQueue
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
-from tasp_coll.communicator import Communicator
-from tasp_coll.errors import TopologyError
-from tasp_coll.reduction import DTYPES
-from tasp_coll.topology import Topology
+from tasp_coll import Communicator
+from tasp_coll import torch_forms as forms
+from tasp_coll.errors import ArgumentError
+from tasp_coll.reduction import reduction
+from tasp_coll.topology import ENVIRONMENT
+from tasp_coll.torch_forms import Tensors
+from tasp_coll.torch_works import Line
 from tasp_coll.transport.torch import TorchTransport
-from tasp_coll.work import Work
 
-NAME = "tasp"
-_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.AVG,
-    "prod": dist.ReduceOp.PRODUCT,
-    "min": dist.ReduceOp.MIN,
-    "max": dist.ReduceOp.MAX,
-}
-Finish = Callable[[], None]
+BACKEND = "tasp"
+_OPS = {"SUM": "sum", "PRODUCT": "prod", "MIN": "min", "MAX": "max", "AVG": "avg"}
+
+
+def _first_name(*names: str) -> str:
+    """The one that this torch has: single-tensor collectives were renamed in 2.13."""
+    return next(name for name in names if hasattr(dist.ProcessGroup, name))
+
+
+_GATHER = _first_name("all_gather_single", "_allgather_base")
+_GATHERS = _first_name("all_gather_single_coalesced", "allgather_into_tensor_coalesced")
+_SCATTER = _first_name("reduce_scatter_single", "_reduce_scatter_base")
+_EXCHANGE = _first_name("all_to_all_single", "alltoall_base")
+_SCATTERS = _first_name("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced")
+
+
+@dataclass(frozen=True)
+class _Peers:
+    """What a Communicator is made of: the ranks of one group, which meet in its store."""
+
+    store: dist.Store
+    rank: int
+    size: int
+    timeout: float
+
+    def duplicate(self) -> TorchTransport:
+        """Connections between them."""
+        return TorchTransport(dist.PrefixStore("tasp_coll", self.store), self.rank, self.size, self.timeout)
 
 
 class TaspGroup(dist.ProcessGroup):
-    """One group of torch.distributed. Its communicator is made at the first collective that is ours."""
+    """A process group of torch.distributed whose AllGather, ReduceScatter and AllReduce are tasp_coll's.
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    options: what torch hands to the creator of a back end: store, rank, size, timeout, ranks. `carried`: how many
+    collectives were ours so far.
+    """
+
+    def __init__(self, options: Any) -> None:
+        rank, size = options.group_rank, options.group_size
         super().__init__(rank, size)
-        self._ours, self._timeout = dist.PrefixStore(NAME, store), timeout
-        # What is not overridden below goes to these by itself; what turns out not to be ours, by way of the second.
-        self._others = dist.ProcessGroup(store, rank, size)
-        for device, kind, backend in _backends(dist.PrefixStore("others", store), rank, size, timeout):
-            for group in (self, self._others):
-                group._register_backend(torch.device(device), kind, backend)
+        self._store, self._ranks = options.store, tuple(options.global_ranks_in_group or ())
+        self._peers = _Peers(options.store, rank, size, options.timeout.total_seconds())
+        self._comm: Communicator | None = None
+        self.carried = 0  # calls that were ours
+        self._line = Line(f"tasp_coll group {options.group_id}")
+        # Methods that are not overridden look for their back end here, ours in a group of their own: a call of
+        # the base class's method would come back to the override.
+        self._others = dist.ProcessGroup(options.store, rank, size)
         for group in (self, self._others):
             group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-        self._comm: Communicator | None = None
-        self._runner = _Runner()
+        for device, kind, backend in _backends(options):
+            for group in (self, self._others):
+                group._register_backend(torch.device(device), kind, backend)
 
     def getBackendName(self) -> str:
-        return NAME
+        """For torch's messages."""
+        return BACKEND
 
-    # --- ours
+    def get_group_store(self) -> dist.Store:
+        """The store that the group's ranks share."""
+        return self._store
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
-        opts = opts or dist.AllreduceOptions()
-        op = _name(opts.reduceOp)
-        if not _all_ours(tensors, op):
-            return self._others.allreduce(tensors, opts)
-        return self._run(tensors, *(self._reduced(tensor, op) for tensor in tensors))
-
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
-        opts = opts or dist.AllreduceCoalescedOptions()
-        op = _name(opts.reduceOp)
-        if not _all_ours(tensors, op):
-            return self._others.allreduce_coalesced(tensors, opts)
-        return self._run(tensors, *(self._reduced(tensor, op) for tensor in tensors))
-
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
-        return self.all_gather_single_coalesced([output], [input], opts)
-
-    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
-        if not _all_ours(inputs):
-            return self._others.allgather_into_tensor_coalesced(outputs, inputs, opts or dist.AllgatherOptions())
-        pairs = zip(outputs, inputs, strict=True)
-        return self._run(outputs, *(self._gathered(output, given) for output, given in pairs))
-
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
-        if not _all_ours(inputs):
-            return self._others.allgather(outputs, inputs, opts or dist.AllgatherOptions())
-        pairs = zip(outputs, inputs, strict=True)
-        return self._run(outputs, *(self._gathered_apart(parts, given) for parts, given in pairs))
-
-    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
-        """Here outputs are by rank, then by input."""
-        if not _all_ours(inputs):
-            return self._others.allgather_coalesced(outputs, inputs, opts or dist.AllgatherOptions())
-        pairs = zip(zip(*outputs, strict=True), inputs, strict=True)
-        return self._run(outputs, *(self._gathered_apart(parts, given) for parts, given in pairs))
-
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
-        return self.reduce_scatter_single_coalesced([output], [input], opts)
-
-    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
-        opts = opts or dist.ReduceScatterOptions()
-        op = _name(opts.reduceOp)
-        if not _all_ours(inputs, op):
-            return self._others.reduce_scatter_tensor_coalesced(outputs, inputs, opts)
-        pairs = zip(outputs, inputs, strict=True)
-        return self._run(outputs, *(self._scattered(output, _flat(given), op) for output, given in pairs))
-
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Any:
-        opts = opts or dist.ReduceScatterOptions()
-        op = _name(opts.reduceOp)
-        if not all(_all_ours(parts, op) for parts in inputs):
-            return self._others.reduce_scatter(outputs, inputs, opts)
-        started = []
-        for output, parts in zip(outputs, inputs, strict=True):
-            counts = [part.numel() for part in parts]
-            whole = torch.cat([_flat(part) for part in parts])
-            started.append(self._scattered(output, whole, op, counts))
-        return self._run(outputs, *started)
-
-    # The names before torch 2.13.
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-
-    def shutdown(self) -> None:
-        """End the communicator; what is under way ends first."""
-        self._runner.close()
-        if self._comm is not None:
-            self._comm.close()
-
-    def abort(self) -> None:
-        """As `shutdown`: our waits end by their timeout."""
-        self.shutdown()
-
-    # --- how
-
-    def _run(self, value: Any, *started: tuple[Work, Finish | None]) -> Any:
-        """The work that is complete when all that was started is, with `value` as its result."""
-        return TaspWork(self._runner.expect(value, started))
-
-    def _reduced(self, tensor: Tensor, op: str) -> tuple[Work, Finish | None]:
-        memory = _flat(tensor)
-        work = self._communicator().decomposed_allreduce(memory, memory, op=op, async_op=True)
-        return work, _back(tensor, memory)
-
-    def _gathered(self, output: Tensor, given: Tensor) -> tuple[Work, Finish | None]:
-        memory = _flat(output)
-        work = self._communicator().decomposed_allgather(_flat(given), memory, async_op=True)
-        return work, _back(output, memory)
-
-    def _gathered_apart(self, parts: Sequence[Tensor], given: Tensor) -> tuple[Work, Finish | None]:
-        bounds = [0]
-        for part in parts:
-            bounds.append(bounds[-1] + part.numel())
-        memory = given.new_empty(bounds[-1])
-        work = self._communicator().decomposed_allgatherv(_flat(given), memory, async_op=True)
-
-        def finish() -> None:
-            for part, (start, stop) in zip(parts, pairwise(bounds), strict=True):
-                part.detach().copy_(memory[start:stop].view(part.shape))
-
-        return work, finish
-
-    def _scattered(
-        self, output: Tensor, whole: Tensor, op: str, counts: Sequence[int] | None = None
-    ) -> tuple[Work, Finish | None]:
-        memory = _flat(output)
-        comm = self._communicator()
-        work = comm.decomposed_reduce_scatter(whole, memory, op=op, counts=counts, async_op=True)
-        return work, _back(output, memory)
-
-    def _communicator(self) -> Communicator:
+    @property
+    def communicator(self) -> Communicator:
+        """The group's own. Making it, at the first use, is collective."""
         if self._comm is None:
-            rank, size, seconds = self.rank(), self.size(), self._timeout.total_seconds()
-            start = _Start(lambda: TorchTransport(self._ours, rank, size, seconds))
-            self._comm = Communicator(start, topology=_topology(size), timeout=seconds)
+            self._comm = Communicator(self._peers, topology=self._topology(), timeout=self._peers.timeout)
         return self._comm
 
+    # --- AllGather
 
-class TaspWork(dist.Work):
-    """One of ours under way. (torch's own wrapper of a future does not raise what went wrong.)"""
+    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Any:
+        """Every rank's tensor, one after another, in `output`."""
+        opts = opts or c10d.AllgatherOptions()
+        if not self._carries([output, tensor]):
+            return getattr(self._others, _GATHER)(output, tensor, opts)
+        return self._start(lambda: forms.gather(self.communicator, output, tensor), [output], opts)
 
-    def __init__(self, future: torch.futures.Future[Any]) -> None:
-        super().__init__()
-        self._future = future
+    def all_gather_single_coalesced(self, outputs: Tensors, tensors: Tensors, opts: Any = None) -> Any:
+        """`all_gather_single` of several tensors, of which those of one dtype travel together."""
+        opts = opts or c10d.AllgatherOptions()
+        if not self._carries([*outputs, *tensors]):
+            return getattr(self._others, _GATHERS)(outputs, tensors, opts)
+        return self._start(lambda: forms.gather_all(self.communicator, outputs, tensors), outputs, opts)
 
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Wait for the result; raises what went wrong. Ours has the group's timeout, whatever is asked for here."""
-        self._future.wait()
-        return True
+    def allgather(self, output_lists: list[Tensors], tensors: Tensors, opts: Any = None) -> Any:
+        """Every rank's tensor in the list's entry for that rank; ranks' sizes may differ."""
+        opts = opts or c10d.AllgatherOptions()
+        if len(tensors) != 1 or len(output_lists[0]) != self.size() or not self._carries([*output_lists[0], *tensors]):
+            return self._others.allgather(output_lists, tensors, opts)
+        return self._start(
+            lambda: forms.gather_lists(self.communicator, [[x] for x in output_lists[0]], tensors),
+            output_lists[0],
+            opts,
+        )
 
-    def is_completed(self) -> bool:
-        """Whether it has ended, in whatever way."""
-        return self._future.done()
+    def allgather_coalesced(self, output_lists: list[Tensors], tensors: Tensors, opts: Any = None) -> Any:
+        """Every rank's list of tensors in the entry for that rank."""
+        opts = opts or c10d.AllgatherOptions()
+        outputs = [x for one in output_lists for x in one]
+        one_dtype = len({x.dtype for x in tensors}) == 1
+        if not (one_dtype and len(output_lists) == self.size() and self._carries([*outputs, *tensors])):
+            return self._others.allgather_coalesced(output_lists, tensors, opts)
+        return self._start(lambda: forms.gather_lists(self.communicator, output_lists, tensors), outputs, opts)
 
-    def get_future(self) -> torch.futures.Future[Any]:
-        """Of the tensors that were written."""
-        return self._future
+    # --- ReduceScatter
+
+    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Any:
+        """This rank's part of the sum, in `output`."""
+        opts = opts or c10d.ReduceScatterOptions()
+        if not self._carries([output, tensor], opts):
+            return getattr(self._others, _SCATTER)(output, tensor, opts)
+        return self._start(lambda: forms.scatter(self.communicator, output, tensor, _op(opts)), [output], opts)
+
+    def reduce_scatter_single_coalesced(self, outputs: Tensors, tensors: Tensors, opts: Any = None) -> Any:
+        """`reduce_scatter_single` of several tensors, of which those of one dtype travel together."""
+        opts = opts or c10d.ReduceScatterOptions()
+        if not self._carries([*outputs, *tensors], opts):
+            return getattr(self._others, _SCATTERS)(outputs, tensors, opts)
+        return self._start(lambda: forms.scatter_all(self.communicator, outputs, tensors, _op(opts)), outputs, opts)
+
+    def reduce_scatter(self, outputs: Tensors, input_lists: list[Tensors], opts: Any = None) -> Any:
+        """This rank's entry of the sum of the ranks' lists; entries' sizes may differ."""
+        opts = opts or c10d.ReduceScatterOptions()
+        if len(outputs) != 1 or len(input_lists[0]) != self.size() or not self._carries(outputs + input_lists[0], opts):
+            return self._others.reduce_scatter(outputs, input_lists, opts)
+        return self._start(
+            lambda: forms.scatter_list(self.communicator, outputs[0], input_lists[0], _op(opts)), outputs, opts
+        )
+
+    # --- AllReduce
+
+    def allreduce(self, tensors: Tensors | Tensor, opts: Any = None) -> Any:
+        """The sum, in the tensor itself."""
+        opts = opts or c10d.AllreduceOptions()
+        tensors = [tensors] if isinstance(tensors, Tensor) else tensors
+        if len(tensors) != 1 or not self._carries(tensors, opts):
+            return self._others.allreduce(tensors, opts)
+        return self._start(lambda: forms.reduce(self.communicator, tensors[0], _op(opts)), tensors, opts)
+
+    def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> Any:
+        """The sums of several tensors, in themselves; those of one dtype travel together."""
+        opts = opts or c10d.AllreduceCoalescedOptions()
+        if not self._carries(tensors, opts):
+            return self._others.allreduce_coalesced(tensors, opts)
+        return self._start(lambda: forms.reduce_all(self.communicator, tensors, _op(opts)), tensors, opts)
+
+    # The names before torch 2.13.
+    _allgather_base, allgather_into_tensor_coalesced = all_gather_single, all_gather_single_coalesced
+    _reduce_scatter_base, reduce_scatter_tensor_coalesced = reduce_scatter_single, reduce_scatter_single_coalesced
+
+    # --- what is gloo's or NCCL's in any case
+    # torch's own way from a Python group to its back end holds the GIL, for which Gloo's threads may be waiting: it
+    # hung once in some hundred calls. Operations that are not here go past Python.
+
+    def broadcast(self, *args: Any, **kwargs: Any) -> Any:
+        """Delegated."""
+        return self._others.broadcast(*args, **kwargs)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> Any:
+        """Delegated."""
+        return self._others.barrier(*args, **kwargs)
+
+    def send(self, *args: Any, **kwargs: Any) -> Any:
+        """Delegated."""
+        return self._others.send(*args, **kwargs)
+
+    def recv(self, *args: Any, **kwargs: Any) -> Any:
+        """Delegated."""
+        return self._others.recv(*args, **kwargs)
+
+    def all_to_all_single(self, *args: Any, **kwargs: Any) -> Any:
+        """Delegated."""
+        return getattr(self._others, _EXCHANGE)(*args, **kwargs)
+
+    alltoall_base = all_to_all_single
+
+    # --- upkeep
+
+    def shutdown(self) -> None:
+        """Finish what is under way and close the connections."""
+        self._line.close(self._peers.timeout)
+        if self._comm is not None:
+            self._comm.close()
+        super().shutdown()
+
+    def abort(self) -> None:
+        """Wait for nothing."""
+        self._line.close(0)
+        super().abort()
+
+    # --- how they are carried out, one after another
+
+    def _start(self, action: Callable[[], None], outputs: Tensors, opts: Any) -> Any:
+        self.carried += 1
+        return self._line.start(action, outputs, blocking=not getattr(opts, "asyncOp", True))
+
+    def _carries(self, tensors: Sequence[Tensor], reducing: Any = None) -> bool:
+        """Whether these are for us: the same on all ranks, as they pass the same kinds of tensors."""
+        if not tensors or not all(_carried(x) for x in tensors):
+            return False
+        if reducing is None:
+            return True
+        op = _op(reducing)
+        return all(_reducible(op, x.dtype, self.size()) for x in tensors)
+
+    def _topology(self) -> str | None:
+        """None: what TASP_COLL_TOPOLOGY says, which is about the default group."""
+        whole = not self._ranks or self._ranks == tuple(range(dist.get_world_size()))
+        return None if whole or not os.environ.get(ENVIRONMENT) else f"full_mesh:{self.size()}"
 
 
-class _Start:
-    """What `Communicator` makes its transport of."""
-
-    def __init__(self, make: Callable[[], TorchTransport]) -> None:
-        self.duplicate = make
+def _carried(tensor: Tensor) -> bool:
+    """Whether tasp_coll carries this tensor at all; the place to widen for CUDA tensors."""
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided and not (tensor.is_quantized or _lazy(tensor))
 
 
-class _Runner:
-    """Completes futures, in the order of the calls, which is the order in which they end."""
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[torch.futures.Future[Any], Any, Sequence[tuple[Work, Finish | None]]] | None]
-        self._queue = SimpleQueue()
-        self._thread = threading.Thread(target=self._complete, name="tasp_coll torch works", daemon=True)
-        self._thread.start()
-
-    def expect(self, value: Any, started: Sequence[tuple[Work, Finish | None]]) -> torch.futures.Future[Any]:
-        """A future that gets `value` when all is done and finished."""
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        # C++ takes an exception that Python sets for a value; one that comes out of `then` it raises.
-        checked: torch.futures.Future[Any] = future.then(lambda done: done.wait())
-        self._queue.put((future, value, started))
-        return checked
-
-    def close(self) -> None:
-        """When all that is expected is done."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _complete(self) -> None:
-        while (expected := self._queue.get()) is not None:
-            future, value, started = expected
-            try:
-                for work, finish in started:
-                    work.wait()
-                    if finish is not None:
-                        finish()
-                future.set_result(value)
-            except Exception as error:
-                future.set_exception(error)
-            del expected, future, value, started
+def _lazy(tensor: Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg()
 
 
-def _backends(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Iterator[tuple[str, Any, Any]]:
-    """Gloo in host memory, NCCL on GPUs where torch has it: (device, kind, backend) each."""
-    kinds = dist.ProcessGroup.BackendType
-    yield "cpu", kinds.GLOO, dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
-    if torch.cuda.is_available() and dist.is_nccl_available():
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        yield "cuda", kinds.NCCL, dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+def _op(opts: Any) -> str:
+    """Our name of the reduction, or "" where we have none."""
+    return _OPS.get(opts.reduceOp.op.name, "")
 
 
-def _topology(size: int) -> Topology:
-    """The one that the environment names, where it is for so many ranks."""
+@cache
+def _reducible(op: str, dtype: torch.dtype, size: int) -> bool:
     try:
-        return Topology.resolve(None, size)
-    except TopologyError:
-        return Topology.preset(f"full_mesh:{size}")
-
-
-def _name(op: Any) -> str:
-    """Our name of torch's operation; empty if we have none."""
-    return next((name for name, theirs in _OPS.items() if op == theirs), "")
-
-
-def _all_ours(tensors: Sequence[Tensor], op: str | None = None) -> bool:
-    """Whether these can be ours. op: None where nothing is reduced."""
-    return all(_is_ours(tensor, op) for tensor in tensors)
-
-
-def _is_ours(tensor: Tensor, op: str | None) -> bool:
-    if not tensor.is_cpu or tensor.layout is not torch.strided:
+        reduction(op, str(dtype).removeprefix("torch."), size)
+    except ArgumentError:
         return False
-    if op is None:
-        return True
-    dtype = tensor.dtype
-    if (op == "avg" and not (dtype.is_floating_point or dtype.is_complex)) or (
-        op in ("min", "max") and dtype.is_complex
-    ):
-        return False
-    return bool(op) and str(dtype).removeprefix("torch.") in DTYPES
+    return True
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """(elements,), the tensor's own memory if it is contiguous."""
-    return tensor.detach().contiguous().view(-1)
+def _backends(options: Any) -> list[tuple[str, Any, Any]]:
+    """Who does what we do not: device, type and back end. They connect when they are used."""
+    kinds, rank, size = dist.ProcessGroup.BackendType, options.group_rank, options.group_size
+    gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", options.store), rank, size, options.timeout)
+    gloo._set_sequence_number_for_group()
+    found = [("cpu", kinds.GLOO, gloo)]
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        settings = dist.ProcessGroupNCCL.Options()
+        settings._timeout = options.timeout
+        settings.global_ranks_in_group = list(options.global_ranks_in_group or ())
+        settings.group_name = options.group_id
+        nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", options.store), rank, size, settings)
+        nccl._set_sequence_number_for_group()
+        found.append(("cuda", kinds.NCCL, nccl))
+    return found
 
 
-def _back(tensor: Tensor, memory: Tensor) -> Finish | None:
-    """Bring back what could not be written in place."""
-    if not tensor.numel() or memory.data_ptr() == tensor.data_ptr():
-        return None
-
-    def finish() -> None:
-        tensor.detach().copy_(memory.view(tensor.shape))
-
-    return finish
+def _create(options: Any, backend_options: Any = None) -> TaspGroup:
+    """What torch calls for a group over "tasp"."""
+    if backend_options is not None:
+        raise ArgumentError(f"pg_options must be None for back end {BACKEND!r}, got {backend_options!r}")
+    if not isinstance(options.timeout, timedelta):
+        raise ArgumentError(f"timeout must be a timedelta, got {options.timeout!r}")
+    return TaspGroup(options)
 
 
-dist.Backend.register_backend(NAME, TaspGroup, devices=["cpu", "cuda"])
+if BACKEND.upper() not in dist.Backend._plugins:
+    dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])

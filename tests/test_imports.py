@@ -41,7 +41,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "core": ("memos", "device", "core"),
     "bootstrap": ("bootstrap", "linkup"),
     "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
-    "communicator": ("communicator", "functions", "probe", "torch_backend"),
+    "communicator": ("communicator", "functions", "probe"),
+    "torch back end": ("torch_forms", "torch_works", "torch_backend"),
 }
 ORDER = [module for room in ROOMS.values() for module in room]
 
@@ -73,11 +74,16 @@ ONLY: dict[str, set[str]] = {
     "agreement": {"errors", "transport"},
     "memos": set(),
     "functions": {"communicator", "streams"},
+    "torch_forms": set(),
+    "torch_works": {"errors"},
+    "torch_backend": {"errors", "reduction", "topology", "torch_forms", "torch_works", "transport.torch"},
 }
 LIBRARIES = {  # beside NumPy
     "transport.mpi": {"mpi4py"},
     "transport.torch": {"torch"},
     "transport.nccl": {"cupy"},
+    "torch_forms": {"torch"},
+    "torch_works": {"torch"},
     "torch_backend": {"torch"},
     "device": {"cupy"},
     "arrays": {"cupy"},
@@ -164,7 +170,7 @@ def test_all_public_names_load_no_library() -> None:
 
 
 def test_no_module_but_the_transports_loads_a_library() -> None:
-    with_library = ("transport.mpi", "transport.torch", "torch_backend")
+    with_library = ("transport.mpi", "transport.torch", *ROOMS["torch back end"])
     modules = [f"tasp_coll.{module}" for module in ORDER if module not in with_library]
     assert not heavy(fresh("\n".join(f"import {module}" for module in modules)))
 

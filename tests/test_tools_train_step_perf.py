@@ -1,3 +1,5 @@
+"""The training steps' measurement: what it tells, and what it refuses."""
+
 from __future__ import annotations
 
 import json
@@ -5,25 +7,33 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+from launch import REPOSITORY
+
 MpiRun = Callable[..., CompletedProcess[str]]
-SMALL = ("--width", "16", "--depth", "1", "--seq-len", "4", "-n", "2", "-w", "1")
+TOOL = REPOSITORY / "tools" / "train_step_perf.py"
 
 
-def test_backends_side_by_side(mpirun: MpiRun, tmp_path: Path) -> None:
-    ended = mpirun(2, ["tools/train_step_perf.py", *SMALL, "--json", tmp_path / "out.json"])
+def test_both_back_ends_train_alike(mpirun: MpiRun, tmp_path: Path) -> None:
+    file = tmp_path / "steps.json"
+    flags = ["--width", "16", "--depth", "1", "-n", "2", "-w", "1", "--json", file]
+    ended = mpirun(2, [TOOL, *flags])
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "backends agree" in ended.stdout
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert (written["tool"], written["world_size"], written["width"]) == ("train_step_perf", 2, 16)
-    rows = [(result["program"], result["backend"]) for result in written["results"]]
-    assert rows == [("ddp", "tasp"), ("ddp", "gloo"), ("fsdp", "tasp"), ("fsdp", "gloo")]
-    for result in written["results"]:
-        assert 0 < result["time_us"]["min"] <= result["time_us"]["median"] <= result["time_us"]["max"]
-        assert result["difference"] < 1e-4
-        assert result["ratio"] > 0
+    rows = json.loads(file.read_text())["results"]
+    assert [(row["kind"], row["backend"]) for row in rows] == [
+        ("fsdp2", "tasp"),
+        ("fsdp2", "gloo"),
+        ("ddp", "tasp"),
+        ("ddp", "gloo"),
+    ]
+    assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)
+    assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-4
 
 
-def test_bad_flags(mpirun: MpiRun) -> None:
-    ended = mpirun(1, ["tools/train_step_perf.py", "--backend", "tasp,mpi"])
-    assert ended.returncode == 2
-    assert "must be of tasp, gloo, got 'tasp,mpi'" in ended.stderr
+def test_what_cannot_be_done_is_told_once(mpirun: MpiRun) -> None:
+    for flags, told in (
+        (["--backend", "mpi"], "--backend must be of tasp, gloo"),
+        (["--width", "12"], "multiple of 8"),
+    ):
+        ended = mpirun(2, [TOOL, *flags])
+        assert ended.returncode == 2
+        assert ended.stderr.count(told) == 1, ended.stderr

@@ -1,85 +1,74 @@
-"""Training steps of unchanged torch programs, DDP and FSDP2, over tasp-coll's backend beside Gloo's, in one run.
+"""Training steps of a small transformer over "tasp", our back end of torch.distributed, beside gloo: FSDP2 and DDP,
+step by step in one process, on the same numbers.
 
-    mpiexec -n 4 python tools/train_step_perf.py
+    mpiexec -n 4 python tools/train_step_perf.py --width 256
     python tools/virtual_cluster.py run --topology full_mesh:4 --link-mbit 100 -- python tools/train_step_perf.py
 
-The model is a small transformer with random weights; every rank has data of its own. Each backend trains a copy, step
-by step in turn, and at the end their losses and weights are compared.
+Rows: median, fastest and slowest step (as long as on the slowest rank), the first back end's median over this one's,
+and the loss after the last step, the same but for rounding: the exit status is 1 if it is not.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from perf_launch import check_outputs, check_world, launch
-from perf_options import Parser, integer, seconds_of
+from perf_options import Parser, integer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 TOOL = "train_step_perf"
-BACKENDS = ("tasp", "gloo")
-PROGRAMS = ("ddp", "fsdp")
+BACKENDS, KINDS = ("tasp", "gloo"), ("fsdp2", "ddp")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for. Sizes of the model: layers of `width`, `seq_len` tokens, `batch` sequences a rank."""
+    """What the user asked for."""
 
     backends: tuple[str, ...]
-    programs: tuple[str, ...]
+    kinds: tuple[str, ...]
     width: int
     depth: int
-    seq_len: int
     batch: int
+    seq_len: int
     iters: int
     warmup: int
-    timeout: float | None
+    timeout: float
     json: Path | None
-
-    def shapes(self) -> dict[str, int]:
-        """The model, for the report."""
-        return {name: value for name, value in asdict(self).items() if name in ("width", "depth", "seq_len", "batch")}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run on all ranks and leave with the exit status. argv: None for the process's own."""
-    launch(TOOL, lambda quiet: parse(argv, quiet=quiet), _run, "pip install 'tasp-coll[mpich,attention]'")
+    launch(TOOL, lambda quiet: parse(argv, quiet=quiet), _run)
 
 
 def parse(argv: Sequence[str] | None, *, quiet: bool) -> Options:
     """Options from the command line; `--help` and bad flags end the process, without a word if `quiet`."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(quiet, prog=f"{TOOL}.py", description=__doc__, formatter_class=form, allow_abbrev=False)
-    add = parser.add_argument
-    add("--backend", dest="backends", type=_names(BACKENDS), default=BACKENDS, metavar="A,B", help="tasp,gloo")
-    add("--program", dest="programs", type=_names(PROGRAMS), default=PROGRAMS, metavar="A,B", help="ddp,fsdp")
-    add("--width", type=integer(8), default=256, metavar="N", help="features, a multiple of 8 (256)")
-    add("--depth", type=integer(1), default=4, metavar="N", help="layers (4)")
-    add("--seq-len", type=integer(1), default=32, metavar="N", help="tokens of a sequence (32)")
-    add("--batch", type=integer(1), default=1, metavar="N", help="sequences a rank has in a step (1)")
-    add("-n", "--iters", dest="iters", type=integer(1), default=7, metavar="N", help="timed steps (7)")
-    add("-w", "--warmup", dest="warmup", type=integer(0), default=2, metavar="N", help="untimed steps before (2)")
-    add("--timeout", type=seconds_of, metavar="SECONDS", help="for each wait (TASP_COLL_TIMEOUT, else 600)")
-    add("-J", "--json", type=Path, metavar="PATH", help="rank 0 writes the results there")
-    options = Options(**vars(parser.parse_args(argv)))
-    if options.width % 8:
-        parser.error(f"--width must be a multiple of 8, got {options.width}")
-    return options
-
-
-def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    def names(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        if not set(found) <= set(known):
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {text!r}")
-        return found
-
-    return names
+    parser = Parser(quiet, prog=f"{TOOL}.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    for flag, names in (("--backend", BACKENDS), ("--kind", KINDS)):
+        parser.add_argument(flag, default=",".join(names), metavar="A,B", help=f"of {', '.join(names)} (default all)")
+    parser.add_argument("--width", type=integer(8), default=128, metavar="N", help="d_model, of 8 heads (default 128)")
+    parser.add_argument("--depth", type=integer(1), default=2, metavar="N", help="layers (default 2)")
+    parser.add_argument("--batch", type=integer(1), default=1, metavar="N", help="sequences per rank (default 1)")
+    parser.add_argument("-s", "--seq-len", type=integer(1), default=16, metavar="N", help="tokens each (default 16)")
+    parser.add_argument("-n", "--iters", type=integer(1), default=10, metavar="N", help="timed (default 10)")
+    parser.add_argument("-w", "--warmup", type=integer(0), default=2, metavar="N", help="untimed (default 2)")
+    parser.add_argument("--timeout", type=integer(1), default=600, metavar="S", help="seconds (default 600)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+    given = vars(parser.parse_args(argv))
+    lists: dict[str, Any] = {}
+    for flag, names in (("backend", BACKENDS), ("kind", KINDS)):
+        lists[f"{flag}s"] = tuple(given.pop(flag).split(","))
+        if wrong := [name for name in lists[f"{flag}s"] if name not in names]:
+            parser.error(f"--{flag} must be of {', '.join(names)}, got {wrong[0]!r}")
+    if given["width"] % 8:
+        parser.error(f"--width must be a multiple of 8, got {given['width']}")
+    return Options(**lists, **given)
 
 
 def _run(world: MPI.Intracomm, options: Options) -> int:
