@@ -4,8 +4,8 @@
 
 AllGather, ReduceScatter and AllReduce of tensors in host memory are ours, in all their forms: into tensors or lists,
 coalesced, blocking or asynchronous. Everything else is gloo's for tensors in host memory and NCCL's for CUDA tensors:
-other operations, other reductions (bitwise ones, premultiplied sums, fp8), sparse tensors, and all CUDA tensors, which
-this version does not carry (`_carried`).
+other operations, other reductions (bitwise ones, premultiplied sums, fp8), sparse tensors, and all CUDA tensors
+(`_carried`).
 
 The group is a Python subclass of ProcessGroup, because Backend cannot be subclassed from Python in torch 2.13. torch's
 C++ reaches its Python methods for DDP and functional collectives, but not where it calls `torch.ops.c10d` or
@@ -250,7 +250,7 @@ class TaspGroup(dist.ProcessGroup):
 
 
 def _carried(tensor: Tensor) -> bool:
-    """Whether tasp_coll carries this tensor at all; the place to widen for CUDA tensors."""
+    """Whether this tensor is ours at all; the place to widen for CUDA tensors."""
     return tensor.device.type == "cpu" and tensor.layout is torch.strided and not (tensor.is_quantized or _lazy(tensor))
 
 
