@@ -62,7 +62,7 @@ def infer(measured: Measured) -> Topology:
         return Topology("discovered: one rank", 1)
     pairs = measured.pairs
     own = measured.together >= _OWN * measured.alone
-    if own[pairs].mean() >= _NEARLY_ALL:
+    if n == 2 or own[pairs].mean() >= _NEARLY_ALL:  # two ranks have no other pair to share with, only noise
         return _mesh(measured)
     if own[pairs].mean() <= 1 - _NEARLY_ALL and _spread(measured.alone[pairs]) < _APART:
         return _switch(measured)

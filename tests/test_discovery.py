@@ -132,3 +132,12 @@ def test_bad_repeats(repeats: Any) -> None:
             Topology.discover(comm, repeats=repeats)
 
     on_ranks(1, body)
+
+
+def test_two_ranks_are_a_mesh_whatever_the_noise() -> None:
+    alone = np.array([[0.0, 7.853], [15.35, 0.0]])
+    for share in (1.0, 0.4, np.array([[0.0, 1.0], [0.4, 0.0]])):
+        found = infer(Measured(alone, alone * share, alone * share, np.array([[0.0, 2.0], [2.0, 0.0]])))
+        assert (found.ranks, found.switches) == (2, ())
+        assert found.GBps(0, 1) == pytest.approx(7.853)
+        assert found.GBps(1, 0) == pytest.approx(15.35)
