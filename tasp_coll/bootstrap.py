@@ -21,6 +21,7 @@ from tasp_coll.core import SLOTS, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
+from tasp_coll.work import Once
 
 DEFAULT_TIMEOUT = 600.0
 _groups_met: Counter[str] = Counter()  # communicators made of each process group: all its ranks count alike
@@ -56,8 +57,7 @@ def _mpi_transport(group: Any, timeout: float) -> Transport:
     comm = MPI.COMM_WORLD if group is None else group
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise ArgumentTypeError(f"group must be an intracommunicator that this rank is in, got {comm!r}")
-    started = launched_ranks()
-    if group is None and comm.size == 1 and started is not None and started > 1:
+    if group is None and (started := ranks_astray(comm.size)):
         raise CollectiveError(
             f"{started} ranks were started, but each is a world of one: the launcher belongs to another MPI than the "
             f"library that mpi4py loads ({MPI.Get_library_version().split(chr(10))[0].strip()}); start them with that "
@@ -136,6 +136,15 @@ def launched_ranks() -> int | None:
     return int(found[0]) if found else None
 
 
+def ranks_astray(size: int) -> int:
+    """How many ranks were started where this one finds itself alone in a world of `size`; 0 if all is well.
+
+    An mpiexec of another MPI than the one that mpi4py loads starts n worlds of one rank.
+    """
+    launched = launched_ranks() or 0
+    return launched if size == 1 < launched else 0
+
+
 def timeout_seconds(value: float | None) -> float:
     """The timeout that a caller means: None is TASP_COLL_TIMEOUT, else 600 s."""
     named = os.environ.get("TASP_COLL_TIMEOUT")
@@ -152,26 +161,16 @@ def timeout_seconds(value: float | None) -> float:
 
 
 @dataclass
-class _Round:
+class _Round(Once):
     """What the first operations share."""
 
     rounds: Rounds
     name = "Communicator"
     phase = "making a communicator"
 
-    def quick(self) -> bool:
-        """Never: they run once."""
-        return False
-
-    def result(self) -> None:
-        """Of `quick`, so never asked for."""
-
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for."""
         return self.rounds.pending(), None
-
-    def hand_over(self) -> None:
-        """Nothing is handed over."""
 
 
 @dataclass

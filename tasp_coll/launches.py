@@ -10,6 +10,7 @@ the order in which they were given, as NCCL's do.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasp_coll.errors import ScheduleError
@@ -33,10 +34,11 @@ def launches(program: Program) -> tuple[Launch, ...]:
     """
     if program.gates:
         raise ScheduleError("a program that waits for its caller step by step is no sequence of launches")
-    levels = _levels(program)
+    order = _ordered(program)
+    levels = _levels(program, order)
     actions: dict[int, list[Action]] = defaultdict(list)
     messages: dict[int, list[tuple[int, int, int, Node]]] = defaultdict(list)
-    for index in _ordered(program):
+    for index in order:
         node = program.nodes[index]
         if node.place is not None:
             messages[node.step].append((node.peer, node.lane, index, node))
@@ -66,10 +68,10 @@ def _ordered(program: Program) -> list[int]:
     return found
 
 
-def _levels(program: Program) -> list[int]:
+def _levels(program: Program, order: Sequence[int]) -> list[int]:
     """The launch of each node: of messages their step, of actions the first one before which all they need is there."""
     levels = [node.step if node.place is not None else 0 for node in program.nodes]
-    for index in _ordered(program):
+    for index in order:
         source = program.nodes[index]
         after = levels[index] + (source.place is not None)
         for follower in program.feeds[index]:

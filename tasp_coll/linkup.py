@@ -19,6 +19,7 @@ from tasp_coll.agreement import Rounds
 from tasp_coll.bootstrap import Spread, exchange_texts
 from tasp_coll.errors import CollectiveError, MismatchError
 from tasp_coll.transport.nccl import NcclLinks, new_id
+from tasp_coll.work import Once
 
 
 class Gpu(Protocol):
@@ -35,7 +36,7 @@ class Gpu(Protocol):
 
 
 @dataclass
-class LinkUp:
+class LinkUp(Once):
     """The operation that links the GPUs up. nccl: CuPy's module, or the error that says why there is none."""
 
     rounds: Rounds
@@ -43,16 +44,6 @@ class LinkUp:
     gpu: Gpu | None
     name: str = field(default="linking GPUs", init=False)
     phase: str = field(default="telling each other where they are", init=False)
-
-    def quick(self) -> bool:
-        """Never: it runs once."""
-        return False
-
-    def result(self) -> None:
-        """Of `quick`, so never asked for."""
-
-    def hand_over(self) -> None:
-        """Nothing is handed over."""
 
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for."""

@@ -23,6 +23,7 @@ from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.executor import Builder, Exchange, Flow, Node, Place, Program
 from tasp_coll.options import Options
 from tasp_coll.topology import Topology
+from tasp_coll.work import Once
 
 _TRAIN = 16  # messages
 _AHEAD = 2  # receives posted for each peer
@@ -176,7 +177,7 @@ def _run(core: Core, program: Program, send_bytes: int, recv_bytes: int) -> floa
 
 
 @dataclass
-class _Probe:
+class _Probe(Once):
     """The operation that carries out one plan, begun by all ranks together."""
 
     core: Core
@@ -186,19 +187,9 @@ class _Probe:
     phase = "measuring links"
     flow: Flow | None = None
 
-    def quick(self) -> bool:
-        """Never."""
-        return False
-
-    def result(self) -> None:
-        """Of `quick`, so never asked for."""
-
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for."""
         return self.flow.pending() if self.flow is not None else (self.core.rounds.pending(), None)
-
-    def hand_over(self) -> None:
-        """Nothing is handed over."""
 
     def run(self) -> Generator[bool, None, float]:
         """A round, so that all begin at about the same time, then the messages; when they began."""

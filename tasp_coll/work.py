@@ -37,6 +37,20 @@ class Operation(Protocol):
         """Called in the thread of whoever waited for it, which uses the result from now on."""
 
 
+class Once:
+    """What operations share that run once, and hand nothing over."""
+
+    def quick(self) -> bool:
+        """Never."""
+        return False
+
+    def result(self) -> None:
+        """Of `quick`, so never asked for."""
+
+    def hand_over(self) -> None:
+        """Nothing."""
+
+
 class Driver(Protocol):
     """What works need of the engine."""
 

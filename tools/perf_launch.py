@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import perf_plot
 import tasp_coll
 from perf_collective import Unsupported
-from tasp_coll.bootstrap import launched_ranks
+from tasp_coll.bootstrap import ranks_astray
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -59,9 +59,8 @@ def _tell(where: str, error: BaseException) -> None:
 
 
 def check_world(world: MPI.Intracomm) -> None:
-    """An mpiexec of another MPI than the one that mpi4py loads starts n worlds of one rank, and all seems well."""
-    launched = launched_ranks()
-    if world.size == 1 and launched is not None and launched > 1:
+    """Unsupported where n worlds of one rank were started, and all seems well."""
+    if launched := ranks_astray(world.size):
         raise Unsupported(
             f"WARNING: {launched} ranks were started, but this process is alone in its world, and so would each of "
             f"them be: mpiexec is not the one of the MPI library that mpi4py loaded, {library()}. Start with that "
