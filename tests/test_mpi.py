@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,3 +68,17 @@ def test_a_job_past_its_time_is_killed_with_all_its_ranks(mpirun: MpiRun, tmp_pa
     (tmp_path / "alive").unlink()
     time.sleep(0.2)
     assert not (tmp_path / "alive").exists(), "a rank still runs"
+
+
+def test_worlds_of_one_are_an_error_that_says_so() -> None:
+    """As a launcher of another MPI starts them: each finds itself alone."""
+    started = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "TORCHELASTIC"))}
+    ended = subprocess.run(
+        [sys.executable, "-c", "import tasp_coll; tasp_coll.Communicator()"],
+        env={**started, "OMPI_COMM_WORLD_SIZE": "3"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode != 0
+    assert "3 ranks were started, but each is a world of one" in ended.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from launch import REPOSITORY, torchrun
@@ -34,7 +32,7 @@ def test_the_suite_on_several_ranks(ranks: int) -> None:
 
 @pytest.mark.parametrize("destroyed", [True, False])
 def test_a_program_ends(destroyed: bool) -> None:
-    ended = torchrun(2, ["-c", ENDS.format(destroyed=destroyed)], timeout=60, env={"PYTHONPATH": _path()})
+    ended = torchrun(2, ["-c", ENDS.format(destroyed=destroyed)], timeout=60)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("left") == 2
 
@@ -53,9 +51,5 @@ else:
     time.sleep(5)
 import os; os._exit(0)
 """
-    ended = torchrun(2, ["-c", source], timeout=60, env={"PYTHONPATH": _path()})
+    ended = torchrun(2, ["-c", source], timeout=60)
     assert "peers 1\n" in ended.stdout, ended.stdout + ended.stderr
-
-
-def _path() -> str:
-    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
