@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from attention.agreement import refuse
+from attention.forecast import deals
 from attention.partition import Partition
 from attention.tracing import span
-
-
-def deals(query_heads: int, heads: int, ranks: int) -> bool:
-    """Whether heads can be dealt out to so many ranks."""
-    return not query_heads % ranks and (not heads % ranks or not ranks % heads)
 
 
 def check_heads(query_heads: int, heads: int, ranks: int) -> None:

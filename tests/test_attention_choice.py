@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention.choice import choose, overlapped, pairs, rate_of, seconds
+from attention.choice import choose, rate_of, seconds
+from attention.forecast import Problem
 from attention.partition import Partition
 from loopback_ranks import attempt, on_ranks
 from tasp_coll import ArgumentError, Communicator
@@ -41,28 +42,12 @@ def test_gathering_is_for_short_sequences() -> None:
     def model(nbytes: int, algorithm: str) -> float:
         return 1.0
 
-    assert set(seconds(model, 4, 1 << 20, None, 1.0)) == {"ring", "tasp", "allgather"}
-    assert set(seconds(model, 4, 1 << 30, 1.0, 1.0)) == {"ring", "tasp", "ulysses"}
-    assert seconds(model, 1, 1 << 20, None, 1.0) == {}
+    def methods(ranks: int, tokens: int, heads: int) -> set[str]:
+        return set(seconds(model, Problem(ranks, tokens, heads=heads, kv_heads=heads), 1.0))
 
-
-def test_overlap() -> None:
-    """The ideal of ring attention: n-1 steps, each as long as the longer of its halves, after one's own block."""
-    assert overlapped(8, 0.0, 7.0) == 7.0
-    assert overlapped(8, 8.0, 7.0) == 8.0
-    assert overlapped(8, 16.0, 7.0) == 16.0
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, 100])
-@pytest.mark.parametrize("causal", [True, False])
-def test_pairs_are_counted(window: int | None, causal: bool) -> None:
-    partition = Partition.of(40, 1, causal, (0, 13, 40))
-    found = 0
-    for first, last in ((0, 13), (13, 40)):
-        for query in range(first, last):
-            for key in range(first, query + 1 if causal else last):
-                found += window is None or abs(query - key) < window
-    assert pairs(partition, window) == found
+    assert methods(4, 1 << 10, 7) == {"ring", "tasp", "allgather"}
+    assert methods(4, 1 << 20, 8) == {"ring", "tasp", "ulysses"}
+    assert methods(1, 1 << 20, 8) == set()
 
 
 def test_rate_is_measured_once() -> None:

@@ -23,8 +23,8 @@ torch = pytest.importorskip("torch")
 import attention_check  # noqa: E402
 import attention_memory  # noqa: E402
 import attention_options  # noqa: E402
-from attention.choice import overlapped  # noqa: E402
 from attention.dense import dense_attention  # noqa: E402
+from attention.forecast import overlapped  # noqa: E402
 from attention_measure import Parts, _times  # noqa: E402
 from attention_report import Common, Result, ratio, rings_gain, row  # noqa: E402
 from attention_silent import SilentTransport  # noqa: E402

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import perf_plot
-from attention.choice import overlapped
+from attention.forecast import overlapped
 
 _COLUMNS = (
     ("ccr", 7),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from attention.choice import overlapped
+from attention.forecast import overlapped
 from attention_measure import Parts, Times
 from attention_options import Options
 from perf_report import figure
