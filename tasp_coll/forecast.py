@@ -116,13 +116,17 @@ def call_seconds(case: Case, choice: Choice, asked: str) -> float | None:
 
 
 @lru_cache(maxsize=512)
-def seconds_of(case: Case, algorithm: str) -> float | None:
-    """What one algorithm takes, or with "auto" the fastest; None for what cannot be planned here."""
+def prediction_of(case: Case, algorithm: str) -> Prediction | None:
+    """What the model says of one algorithm, or with "auto" of the fastest; None for what cannot be planned here."""
     if algorithm == "auto":
         found = forecasts(case)
-        return fastest(found).prediction.seconds if found else None
-    choice = choice_of(algorithm, case.collective, case.topology.ranks, case.shard_bytes)
-    prediction = forecast(case, choice)
+        return fastest(found).prediction if found else None
+    return forecast(case, choice_of(algorithm, case.collective, case.topology.ranks, case.shard_bytes))
+
+
+def seconds_of(case: Case, algorithm: str) -> float | None:
+    """The seconds of `prediction_of`."""
+    prediction = prediction_of(case, algorithm)
     return None if prediction is None else prediction.seconds
 
 

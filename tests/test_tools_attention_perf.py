@@ -24,7 +24,7 @@ import attention_check  # noqa: E402
 import attention_memory  # noqa: E402
 import attention_options  # noqa: E402
 from attention.dense import dense_attention  # noqa: E402
-from attention.forecast import overlapped  # noqa: E402
+from attention.forecast import Problem, overlapped  # noqa: E402
 from attention_measure import Parts, _times  # noqa: E402
 from attention_report import Common, Result, ratio, rings_gain, row  # noqa: E402
 from attention_silent import SilentTransport  # noqa: E402
@@ -34,6 +34,7 @@ TOOL = "tools/attention_perf.py"
 TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "8", "-n", "2", "-w", "1"]
 FIELDS = {
     *("method", "time_us", "compute_us", "exposed_us", "merge_us", "ratio", "ccr", "comm_us", "alone_us", "ideal_us"),
+    "predicted_us",
     *("error", "peak_bytes", "kernel", "seq_len", "batch", "heads", "kv_heads", "head_dim", "dtype", "causal"),
     *("backward", "window"),
 }
@@ -215,9 +216,11 @@ def test_of_each_iteration_the_slowest_rank_counts() -> None:
     assert times.exchange[0] == (7.0,)
 
 
-def result(method: str, error: float | None = None) -> Result:
+def result(method: str, error: float | None = None, named: bool = True) -> Result:
     options = attention_options.parse(None, ["--backward"], quiet=True)
-    common = Common(options, 8, "cpu", compute=(2.0, 4.0), exchange=(4.0, 8.0), gain=7.0)
+    mesh = Topology.preset("full_mesh:8")
+    problem = Problem(8, 4096, heads=8, kv_heads=8, head_dim=64, itemsize=4, backward=True)
+    common = Common(options, 8, "cpu", (2.0, 4.0), (4.0, 8.0), mesh, named, problem)
     parts = (Parts(3.0, (1.0, 1.0, 0.5), (0.0, 0.0, 0.0)), Parts(5.0, (2.0, 1.0, 1.5), (1.0, 0.0, 0.0)))
     return Result(common, method, True, parts, 1.0, error, None)
 
@@ -230,7 +233,9 @@ def test_figures_of_a_result() -> None:
     assert found["ccr"] == 0.5
     assert found["ideal_us"] == pytest.approx((4 + 0.25 + 8 + 0.5) * 1e6)
     assert result("tasp").record()["ideal_us"] == pytest.approx(6e6)
-    assert len(row(result("tasp", 1e-7)).split()) == 11
+    assert found["predicted_us"] == pytest.approx(6e6, rel=0.01), "links of 1 GB/s are no limit"
+    assert result("ring", named=False).record()["predicted_us"] is None, "nobody said what the links are"
+    assert len(row(result("tasp", 1e-7)).split()) == 12
 
 
 def test_ratios_are_taken_within_iterations() -> None:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from attention.forecast import overlapped
+from attention.forecast import METHODS, Measured, Problem, forecast, overlapped
 from attention_measure import Parts, Times
 from attention_options import Options
+from links_model import links_on
 from perf_report import figure
 from tasp_coll import Topology
-from tasp_coll.forecast import Case, Choice, forecast
 
 _COLUMNS = (
     *(("method", "", -17), ("time", "(us)", 9), ("min", "(us)", 9), ("max", "(us)", 9), ("compute", "(us)", 9)),
-    *(("exposed", "(us)", 9), ("merge", "(us)", 9), ("ratio", "", 6), ("ideal", "(us)", 9), ("peak", "(MiB)", 8)),
+    *(("exposed", "(us)", 9), ("merge", "(us)", 9), ("ratio", "", 6), ("ideal", "(us)", 9), ("model", "(us)", 9)),
+    ("peak", "(MiB)", 8),
     ("error", "", 8),
 )
 
@@ -30,15 +31,33 @@ class Common:
     kernel: str
     compute: tuple[float, float]  # with communication switched off: kernels and merging
     exchange: tuple[float, float]  # on one ring, alone
-    gain: float  # how much shorter the exchange is on all rings
+    topology: Topology
+    named: bool  # else the links are assumed, and nothing can be predicted
+    problem: Problem
 
     @classmethod
-    def of(cls, options: Options, topology: Topology, kernel: str, shard_bytes: int, times: Times) -> Common:
+    def of(cls, options: Options, topology: Topology, named: bool, kernel: str, itemsize: int, times: Times) -> Common:
         """From what was measured."""
         works = [parts.work() for parts in times.compute]
         compute = median(work[0] for work in works), median(work[1] for work in works)
         exchange = median(times.exchange[0]), median(times.exchange[1])
-        return cls(options, topology.ranks, kernel, compute, exchange, rings_gain(topology, shard_bytes))
+        shape = options.batch, options.heads, options.kv_heads, options.head_dim
+        problem = Problem(
+            topology.ranks, options.seq_len, *shape, itemsize, options.causal, options.backward, options.window
+        )
+        return cls(options, topology.ranks, kernel, compute, exchange, topology, named, problem)
+
+    @property
+    def gain(self) -> float:
+        """How much shorter the exchange is on all rings than on one, by the links alone."""
+        return rings_gain(self.topology, self.problem.shard_bytes)
+
+    def predicted(self, method: str) -> float | None:
+        """Seconds by the cost model, from the topology's links and the computation that was measured alone."""
+        if method not in METHODS or not self.named:
+            return None
+        found = forecast(self.problem, method, links_on(self.topology), Measured(*self.compute))
+        return None if found is None else found.seconds
 
     @property
     def ccr(self) -> float | None:
@@ -56,8 +75,8 @@ class Common:
 
 def rings_gain(topology: Topology, shard_bytes: int) -> float:
     """How much faster than one ring all rings are, by the links alone; n-1 on a full mesh of equal ones."""
-    case = Case(topology, "allgather", max(shard_bytes, 1 << 20))
-    one, all_rings = (forecast(case, Choice(name)) for name in ("ring", "rings"))
+    links = links_on(topology)
+    one, all_rings = (links(max(shard_bytes, 1 << 20), name, "allgather") for name in ("ring", "rings"))
     return one.seconds / all_rings.seconds if one and all_rings and all_rings.seconds else 1.0
 
 
@@ -88,6 +107,12 @@ class Result:
         ideal = self.common.ideal(self.method)
         return None if ideal is None else ideal * 1e6
 
+    @property
+    def predicted_us(self) -> float | None:
+        """See `Common.predicted`."""
+        predicted = self.common.predicted(self.method)
+        return None if predicted is None else predicted * 1e6
+
     def record(self) -> dict[str, Any]:
         """For programs."""
         options, common, times = self.common.options, self.common, self.times_us
@@ -102,6 +127,7 @@ class Result:
             "comm_us": sum(common.exchange) * 1e6,
             "alone_us": sum(common.compute) * 1e6,
             "ideal_us": self.ideal_us,
+            "predicted_us": self.predicted_us,
             "error": self.error,
             "peak_bytes": self.peak_bytes,
             "kernel": common.kernel,
@@ -138,6 +164,7 @@ def row(result: Result) -> str:
     times, parts = result.times_us, [result.part_us(kind) for kind in ("compute", "wait", "merge")]
     figures = [median(times), min(times), max(times), *parts]
     cells = [result.method, *(_cell(value, 9) for value in figures), _cell(result.ratio, 6), _cell(result.ideal_us, 9)]
+    cells.append(_cell(result.predicted_us, 9))
     peak = None if result.peak_bytes is None else result.peak_bytes / 2**20
     error = "-" if result.error is None else f"{result.error:.1e}"
     return f"  {_line([*cells, _cell(peak, 8), error])}"

@@ -115,12 +115,16 @@ def _results(
     options = bench.options
     dtype = getattr(torch, options.dtype)
     kernel = kernel_for(torch.empty((1, 1, 1, options.head_dim), dtype=dtype)).name
-    shard = 2 * options.batch * options.kv_heads * options.head_dim * dtype.itemsize * options.seq_len // comm.size
-    common = Common.of(options, comm.topology, kernel, shard, times)
+    common = Common.of(options, comm.topology, _named(options), kernel, dtype.itemsize, times)
     return [
         Result(common, method.name, method.recorded, mine, ratio(mine, times.methods[0]), wrong, peak)
         for method, mine, wrong, peak in zip(methods, times.methods, wrongs, peaks, strict=True)
     ]
+
+
+def _named(options: Options) -> bool:
+    """Whether somebody said what the links are."""
+    return bool(options.topology or os.environ.get("TASP_COLL_TOPOLOGY"))
 
 
 def _wrong(method: Method, result: Result) -> bool:
@@ -144,7 +148,7 @@ class _Report:
         if not self._speaks:
             return
         options, comm = self._bench.options, self._comm
-        given = "" if options.topology or os.environ.get("TASP_COLL_TOPOLOGY") else " (assumed: --topology names yours)"
+        given = "" if _named(options) else " (assumed: --topology names yours)"
         kind = "causal" if options.causal else "full"
         kind += "" if options.window is None else f", window {options.window}"
         lines = [
