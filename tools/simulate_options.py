@@ -85,7 +85,7 @@ def parse(about: str | None, argv: Sequence[str] | None) -> Options:
     given = parser.parse_args(argv)
     if given.heads % given.kv_heads:
         parser.error(f"--kv-heads must divide --heads, got {given.kv_heads} and {given.heads}")
-    known = DEVICES[given.device]
+    known = DEVICES[given.device or _device_of(given.topology)]
     device = Device(
         known.flops if given.tflops is None else given.tflops * 1e12,
         known.half if given.half_tokens is None else given.half_tokens,
@@ -160,7 +160,8 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
 
 def _add_computing(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--device", choices=tuple(DEVICES), default="h100", help="whose kernels compute (default h100)")
+    help_ = "whose kernels compute (default: mi300x and b200 on mi300x and nvl72:U, else h100)"
+    add("--device", choices=tuple(DEVICES), help=help_)
     add("--tflops", type=_real(), metavar="X", help="what the forward kernel reaches on long blocks, instead")
     add("--half-tokens", type=_real(), metavar="N", help="tokens of a block with which it reaches half of that")
     add("--step-us", type=_real(), metavar="US", help="what each step costs beside: launches (default 10)")
@@ -187,6 +188,11 @@ def count(text: str) -> int:
     if not found or number < 1 or number != int(number):
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1 such as 1000, 64K or 1M, got {text!r}")
     return int(number)
+
+
+def _device_of(topology: str) -> str:
+    """The accelerator of a preset."""
+    return {"mi300x": "mi300x", "nvl72": "b200"}.get(topology.partition(":")[0], "h100")
 
 
 def _several(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:

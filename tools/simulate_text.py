@@ -23,11 +23,12 @@ def head(options: Options, topology: Topology) -> list[str]:
         lines.append(f"# data gets {options.link_share:g} of the links' rates")
     if costs.message_us:
         lines.append(f"# software: {costs.message_us:g} us for each message and end")
-    lines.append(
-        f"# computing: {device.flops / 1e12:g} TFLOP/s forward on long blocks, half of it with blocks of {device.half:g} "
-        f"tokens, {device.step_s * 1e6:g} us a step, merging at {device.memory_GBps:g} GB/s; "
-        f"transfers cost {options.interference:g} of it"
-    )
+    lines += [
+        f"# computing: {device.flops / 1e12:g} TFLOP/s forward on long blocks, half of it with blocks of "
+        f"{device.half:g} tokens,",
+        f"# {device.step_s * 1e6:g} us a step, merging at {device.memory_GBps:g} GB/s; "
+        f"a second of transfers costs {options.interference:g} s of it",
+    ]
     return lines
 
 
