@@ -209,7 +209,7 @@ def test_of_each_iteration_the_slowest_rank_counts() -> None:
     figures[0, 0, 0, 1:] = 9.0
     figures[1, 0, 0, 1:] = 1.0, 2.0, 0.5, 0.25, 0.125, 0.0625
     figures[:, 2, 0, 0] = 7.0, 6.0
-    times = _times(figures)
+    times = _times(figures, ["compute"])
     (parts,) = times.methods[0]
     assert parts == Parts(5.0, (1.0, 2.0, 0.5), (0.25, 0.125, 0.0625))
     assert (parts.seconds("wait"), parts.work()) == (2.125, (1.5, 0.3125))
@@ -220,7 +220,9 @@ def result(method: str, error: float | None = None, named: bool = True) -> Resul
     options = attention_options.parse(None, ["--backward"], quiet=True)
     mesh = Topology.preset("full_mesh:8")
     problem = Problem(8, 4096, heads=8, kv_heads=8, head_dim=64, itemsize=4, backward=True)
-    common = Common(options, 8, "cpu", (2.0, 4.0), (4.0, 8.0), mesh, named, problem)
+    common = Common(
+        options, 8, "cpu", {"compute": (2.0, 4.0), "allgather": (1.0, 2.0)}, (4.0, 8.0), mesh, named, problem
+    )
     parts = (Parts(3.0, (1.0, 1.0, 0.5), (0.0, 0.0, 0.0)), Parts(5.0, (2.0, 1.0, 1.5), (1.0, 0.0, 0.0)))
     return Result(common, method, True, parts, 1.0, error, None)
 
@@ -235,6 +237,7 @@ def test_figures_of_a_result() -> None:
     assert result("tasp").record()["ideal_us"] == pytest.approx(6e6)
     assert found["predicted_us"] == pytest.approx(6e6, rel=0.01), "links of 1 GB/s are no limit"
     assert result("ring", named=False).record()["predicted_us"] is None, "nobody said what the links are"
+    assert result("allgather").record()["predicted_us"] == pytest.approx(3e6, rel=0.01), "by its own computation"
     assert len(row(result("tasp", 1e-7)).split()) == 12
 
 

@@ -22,12 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import launch
+import model_check
 import vcluster_build
 import vcluster_job
 import vcluster_registry
 import vcluster_room
 import virtual_cluster
 from launch import REPOSITORY
+from model_check_cases import CheckCase
 from tasp_coll import Link, Topology
 from tasp_coll.links import Node
 from tasp_coll.nodes import nodes_of
@@ -368,6 +370,15 @@ def test_gloo_finds_its_way_between_hosts(mpi: None, tmp_path: Path) -> None:
     ended = call("run", *new("full_mesh:3"), "--", "python", REPOSITORY / "tools/all_gather_perf.py", *flags)
     assert ended.returncode == 0, ended.stderr
     assert [result["wrong"] for result in json.loads(found.read_text())["results"]] == [0, 0]
+
+
+def test_predictions_beside_measurements(mpi: None, tmp_path: Path) -> None:
+    flags = ("-b", "192K", "-e", "192K", "-n", "1", "-w", "0", "--out-of-place", "--algo", "ring,rings")
+    case = CheckCase("small", "full_mesh:3", 20, "all_gather_perf.py", flags)
+    found = model_check.run(case, tmp_path)
+    assert [check.what for check in found] == ["ring 196608", "rings 196608"]
+    assert found[0].predicted_us == pytest.approx(2 * found[1].predicted_us, rel=0.1)
+    assert all(check.measured_us > 0 for check in found)
 
 
 @pytest.mark.parametrize(

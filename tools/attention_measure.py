@@ -63,10 +63,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Times:
-    """All iterations: of the methods, of the computation alone, and of the exchange on one ring, forward, backward."""
+    """All iterations: of the methods, of the computation alone by the way it is cut (`alone` of `measure`), and of the
+    exchange on one ring, forward and backward."""
 
     methods: tuple[tuple[Parts, ...], ...]
-    compute: tuple[Parts, ...]
+    compute: dict[str, tuple[Parts, ...]]
     exchange: tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -110,17 +111,18 @@ class Bench:
             gradients = torch.autograd.grad(out, leaves, grad) if self.options.backward else ()
         return Outcome(out.detach(), gradients, forward, backward)
 
-    def measure(self, methods: Sequence[Method], alone: Method) -> Times:
-        """methods: those that are compared. alone: the one that computes without communicating."""
+    def measure(self, methods: Sequence[Method], alone: Sequence[Method]) -> Times:
+        """methods: those that are compared. alone: those that compute without communicating, step by step first."""
         from mpi4py import MPI
 
-        exchange = _Exchange(self.comm, self.inputs(alone))
+        exchange = _Exchange(self.comm, self.inputs(alone[0]))
         calls: list[Callable[[], Outcome | None]] = [
-            *(lambda method=method: self.once(method) for method in (*methods, alone)),
+            *(lambda method=method: self.once(method) for method in (*methods, *alone)),
             exchange.forward,
             exchange.backward,
         ]
-        names = [*(method.name for method in methods), "compute alone", "exchange alone", "exchange back alone"]
+        names = [method.name for method in methods] + [f"{method.name} alone" for method in alone]
+        names += ["exchange alone", "exchange back alone"]
         seen = np.zeros((len(calls), self.options.iters, 1 + 2 * len(KINDS)))
         for iteration in range(-self.options.warmup, self.options.iters):
             self.spans.clear()
@@ -137,7 +139,7 @@ class Bench:
             self.progress()
         everyone = np.empty((self.world.size, *seen.shape))
         self.world.Allgather([seen, MPI.DOUBLE], [everyone, MPI.DOUBLE])
-        return _times(everyone)
+        return _times(everyone, [method.name for method in alone])
 
     def _keep(self, name: str, begun: float, ended: float, outcome: Outcome | None) -> None:
         self.spans.append(Span(name, -1, begun, ended))
@@ -151,16 +153,18 @@ def _seconds(outcome: Outcome | None) -> list[float]:
     return [recording.seconds(kind) for recording in (outcome.forward, outcome.backward) for kind in KINDS]
 
 
-def _times(everyone: np.ndarray[Any, Any]) -> Times:
-    """everyone: (ranks, calls, iterations, figures); of each call and iteration the slowest rank counts."""
+def _times(everyone: np.ndarray[Any, Any], alone: Sequence[str]) -> Times:
+    """everyone: (ranks, calls, iterations, figures); of each call and iteration the slowest rank counts.
+
+    alone: names of the calls before the last two.
+    """
     slowest = everyone[..., 0].argmax(0)
     figures = np.take_along_axis(everyone, slowest[None, ..., None], 0)[0].tolist()
     split = 1 + len(KINDS)
-    *methods, alone = (
-        tuple(Parts(row[0], tuple(row[1:split]), tuple(row[split:])) for row in rows) for rows in figures[:-2]
-    )
+    timed = [tuple(Parts(row[0], tuple(row[1:split]), tuple(row[split:])) for row in rows) for rows in figures[:-2]]
     forward, backward = (tuple(row[0] for row in rows) for rows in figures[-2:])
-    return Times(tuple(methods), alone, (forward, backward))
+    first = len(timed) - len(alone)
+    return Times(tuple(timed[:first]), dict(zip(alone, timed[first:], strict=True)), (forward, backward))
 
 
 class _Exchange:

@@ -14,6 +14,7 @@ from tasp_coll.presets import KNOWN_SPECS
 TOOL = "attention_perf"
 OURS = ("tasp", "ring", "allgather", "ulysses", "auto")
 COMPUTE = "compute"
+WHOLE = ("allgather", "ulysses")  # which do not compute step by step
 PEERS = ("sdpa", "ringmaster", "ringmaster-zigzag")
 METHODS = (*OURS, COMPUTE, *PEERS)
 DEFAULT = OURS[:4]
@@ -201,7 +202,8 @@ columns
            the computation, n ranks: (n-1) * max(C/n, T/(n-1)) + C/n, forward, and the same for backward. T is
            measured on one ring, computing nothing; on all rings it is as much shorter as the cost model says
            (n-1 times, on a full mesh). C is measured with communication switched off, kernels and merging
-  model    the cost model's time: from the links of the topology that was named and C, not from T
+  model    the cost model's time: from the links of the topology that was named and from C, not from T. For allgather
+           and ulysses C is their own computation, which is not cut into steps
   CCR      C over T on one ring, in the head: below 1 communication takes longer
   peak     memory beyond inputs and results at the worst moment of a call, as the operating system saw it (Linux)
   error    of --check: the largest of any element, over the largest element of its tensor; the worst tensor counts

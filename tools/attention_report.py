@@ -9,7 +9,7 @@ from typing import Any
 
 from attention.forecast import METHODS, Measured, Problem, forecast, overlapped
 from attention_measure import Parts, Times
-from attention_options import Options
+from attention_options import COMPUTE, Options
 from links_model import links_on
 from perf_report import figure
 from tasp_coll import Topology
@@ -29,7 +29,7 @@ class Common:
     options: Options
     ranks: int
     kernel: str
-    compute: tuple[float, float]  # with communication switched off: kernels and merging
+    works: dict[str, tuple[float, float]]  # with communication switched off: kernels and merging, by `COMPUTE`, `WHOLE`
     exchange: tuple[float, float]  # on one ring, alone
     topology: Topology
     named: bool  # else the links are assumed, and nothing can be predicted
@@ -38,14 +38,18 @@ class Common:
     @classmethod
     def of(cls, options: Options, topology: Topology, named: bool, kernel: str, itemsize: int, times: Times) -> Common:
         """From what was measured."""
-        works = [parts.work() for parts in times.compute]
-        compute = median(work[0] for work in works), median(work[1] for work in works)
+        works = {name: _work(found) for name, found in times.compute.items()}
         exchange = median(times.exchange[0]), median(times.exchange[1])
         shape = options.batch, options.heads, options.kv_heads, options.head_dim
         problem = Problem(
             topology.ranks, options.seq_len, *shape, itemsize, options.causal, options.backward, options.window
         )
-        return cls(options, topology.ranks, kernel, compute, exchange, topology, named, problem)
+        return cls(options, topology.ranks, kernel, works, exchange, topology, named, problem)
+
+    @property
+    def compute(self) -> tuple[float, float]:
+        """Of the computation step by step."""
+        return self.works[COMPUTE]
 
     @property
     def gain(self) -> float:
@@ -56,7 +60,7 @@ class Common:
         """Seconds by the cost model, from the topology's links and the computation that was measured alone."""
         if method not in METHODS or not self.named:
             return None
-        found = forecast(self.problem, method, links_on(self.topology), Measured(*self.compute))
+        found = forecast(self.problem, method, links_on(self.topology), Measured(*self.works.get(method, self.compute)))
         return None if found is None else found.seconds
 
     @property
@@ -71,6 +75,11 @@ class Common:
         gain = self.gain if method == "tasp" else 1.0
         pairs = zip(self.compute, self.exchange, strict=True)
         return sum(overlapped(self.ranks, compute, exchange / gain) for compute, exchange in pairs)
+
+
+def _work(iterations: Sequence[Parts]) -> tuple[float, float]:
+    forward, backward = zip(*(parts.work() for parts in iterations), strict=True)
+    return median(forward), median(backward)
 
 
 def rings_gain(topology: Topology, shard_bytes: int) -> float:

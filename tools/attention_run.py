@@ -19,7 +19,7 @@ from attention.tracing import Span, write_chrome_trace
 from attention_check import TOLERANCES, errors
 from attention_measure import Bench, Times
 from attention_methods import Method, Ours, assemble, dismiss
-from attention_options import COMPUTE, DEFAULT, TOOL, Options
+from attention_options import COMPUTE, DEFAULT, TOOL, WHOLE, Options
 from attention_report import Common, Result, head, ratio, row
 from attention_silent import SilentTransport
 from perf_collective import Unsupported
@@ -39,8 +39,10 @@ def run(world: MPI.Intracomm, options: Options) -> int:
     methods, notes = _usable(bench, assemble(options, world, comm, silent))
     report = _Report(bench, comm, methods)
     report.begin(notes)
-    alone = Ours(COMPUTE, options, silent)
-    bench.once(alone)
+    named = {method.name for method in methods}
+    alone = [Ours(name, options, silent) for name in (COMPUTE, *(name for name in WHOLE if name in named))]
+    for method in alone:
+        bench.once(method)
     times = bench.measure(methods, alone)
     trace = _gathered_spans(world, list(bench.spans))
     wrongs = errors(bench, methods) if options.check else [None] * len(methods)
