@@ -554,6 +554,14 @@ def test_every_rank_has_the_links_it_should(spec: str, ranks: int, degrees: set[
     assert {out[rank] for rank in range(ranks)} == degrees
 
 
+@pytest.mark.parametrize("spec", ["torus:3x5", "nvl72:2", "torus:3x2x4"])
+def test_paths_do_not_depend_on_what_was_asked_before(spec: str) -> None:
+    near, far = Topology.preset(spec), Topology.preset(spec)
+    ranks = range(1, near.ranks)
+    assert [near.path(0, dst) for dst in ranks] == [far.path(0, dst) for dst in reversed(ranks)][::-1]
+    assert near.path(5, near.ranks - 1) == Topology.preset(spec).path(5, near.ranks - 1)
+
+
 def test_rates_of_nodes_and_nics() -> None:
     dgx, cluster = Topology.preset("dgx_h100:2"), Topology.preset("cluster:2x4:4.5")
     assert dgx.GBps(9, "nvswitch1") == 9 * dgx.GBps("fabric", 9) == 450.0
