@@ -4,14 +4,20 @@ For a set S of nodes that does not hold every rank, the shards of the ranks in S
 outgoing links, so T* = max over S of |S & ranks| / outcapacity(S). Zhao et al., "ForestColl"
 (arXiv:2402.06787), show that some schedule reaches it, and find it by maximum flows and a binary search; here
 Dinkelbach's steps ("On nonlinear fractional programming", 1967) find it in exact fractions.
+
+Where symmetry tells which cut it is, no flow is looked for, so that 16384 ranks take no longer than their links do to
+be read: see `_of_nodes` and `_of_torus`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from math import lcm
+from math import lcm, prod
 from typing import TYPE_CHECKING
+
+from tasp_coll.grids import sides_of
+from tasp_coll.nodes import Nodes, nodes_of
 
 if TYPE_CHECKING:
     from tasp_coll.links import Node
@@ -21,7 +27,8 @@ if TYPE_CHECKING:
 def allgather_bound_shares(topology: Topology) -> Fraction:
     """T* in 1/(GB/s), exact: an all-gather of shards of b bytes takes T* * b / 1e9 seconds or more.
 
-    Rates count as the decimals that they print as. 0 for one rank; O(1) for a full mesh and a single switch.
+    Rates count as the decimals that they print as. 0 for one rank; in closed form for full meshes, single switches,
+    equal nodes and tori.
     """
     n = topology.ranks
     if n == 1:
@@ -30,8 +37,45 @@ def allgather_bound_shares(topology: Topology) -> Fraction:
         return 1 / _exact(topology.links[0].GBps)
     if topology.is_single_switch:
         return (n - 1) / _exact(topology.links[0].GBps)
+    if sides := sides_of(topology):
+        return _of_torus(sides, _exact(topology.links[0].GBps))
+    if nodes := nodes_of(topology):
+        return _of_nodes(nodes)
+    return bound_by_flows(topology)
+
+
+def bound_by_flows(topology: Topology) -> Fraction:
+    """The same of any topology of two or more ranks, by maximum flows: seconds for hundreds of ranks."""
+    n = topology.ranks
     unit, arcs = whole_rates(topology)
     return unit / _broadcast_rate(n, n + len(topology.switches), arcs)
+
+
+def _of_torus(sides: tuple[int, ...], rate: Fraction) -> Fraction:
+    """All ranks but one must pass that one's links.
+
+    No cut has fewer links, since every rank is as any other and each of them has that many (Mader, "Minimale n-fach
+    kantenzusammenhaengende Graphen", 1971), and none has more ranks behind it.
+    """
+    return (prod(sides) - 1) / (rate * sum(min(side - 1, 2) for side in sides))
+
+
+def _of_nodes(nodes: Nodes) -> Fraction:
+    """All ranks but one, but one node, or but one rail: the tightest of three cuts.
+
+    Let T be the ranks that a tightest cut leaves out, as few as there may be. What leaves the cut, plus 1/T* for each
+    rank of T, is least for T among all sets with ranks; that sum is submodular and the same for every renumbering of
+    nodes, and of the ranks of one node, that keeps the links. So the sets that T is mapped to are T itself or have no
+    rank in common with it, and every rank is in one of them. With rails, where ranks can only be renumbered in all
+    nodes alike, such sets are single ranks, nodes and rails, beside all ranks (and diagonals of 2 x 2, of which each
+    half would do); with one fabric they are single ranks and nodes.
+    """
+    u, m, nic, inside = nodes.count, nodes.size, _exact(nodes.nic_GBps), _exact(nodes.inside_GBps)
+    out = inside if nodes.switched else (m - 1) * inside
+    rates = [(out + nic) / (u * m - 1), nic / (u - 1)]
+    if nodes.rails:
+        rates.append(out / (m - 1))
+    return 1 / min(rates)
 
 
 def ring_width_bound(ranks: int, nodes: int, arcs: Mapping[tuple[int, int], int]) -> int:

@@ -162,7 +162,8 @@ def _regular(topology: Topology) -> bool:
 
 def _phase(case: Case, choice: Choice, phase: str, nbytes: int) -> Prediction | None:
     topology, (algorithm, rings, slices) = case.topology, choice
-    if topology.ranks > SIMULATED:
+    routed = algorithm == "direct" and not _regular(topology)
+    if topology.ranks > (ROUTED if routed else SIMULATED):
         known = formula(topology, algorithm, nbytes, rings=rings, slices=slices or 1, costs=case.costs)
         if known is not None or algorithm == NATIVE or (algorithm == "direct" and topology.ranks > ROUTED):
             return known

@@ -197,12 +197,16 @@ def breadth_first(
     key: Callable[[Node], Any],
     through_ranks: bool,
     rate: Callable[[Node, Node], float] = lambda u, v: 1.0,
+    goal: Node | None = None,
 ) -> dict[Node, Node]:
-    """The node before each node on its fewest-hop route from `src`, of several the widest, then of smallest key."""
+    """The node before each node on its fewest-hop route from `src`, of several the widest, then of smallest key.
+
+    goal: farther nodes than this one may be left out.
+    """
     before: dict[Node, Node] = {src: src}
     width: dict[Node, float] = {src: math.inf}
     reached: list[Node] = [src]
-    while reached:
+    while reached and goal not in before:
         ordered = sorted(reached, key=key)
         found: dict[Node, tuple[float, Node]] = {}
         for node in ordered:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from tasp_coll.links import Link, Node
-from tasp_coll.topology import Topology
+
+if TYPE_CHECKING:
+    from tasp_coll.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Nodes:
         return len(self.groups[0])
 
 
+@lru_cache(maxsize=8)
 def nodes_of(topology: Topology) -> Nodes | None:
     """The nodes of a topology of two or more equal nodes of two or more ranks; None for any other topology.
 
@@ -54,8 +59,10 @@ def _fabrics(topology: Topology) -> Iterator[frozenset[str]]:
     slowest = min(link.GBps for link in topology.links)
     ports = [link for link in topology.links if link.GBps == slowest]
     yield frozenset(end for link in ports for end in (link.source, link.target) if isinstance(end, str))
+    ends = Counter(end for link in topology.links for end in (link.source, link.target))
     for switch in topology.switches:
-        yield frozenset((switch,))
+        if ends[switch] == 2 * topology.ranks:
+            yield frozenset((switch,))
 
 
 def _split(topology: Topology, fabric: frozenset[str]) -> Nodes | None:
@@ -65,7 +72,7 @@ def _split(topology: Topology, fabric: frozenset[str]) -> Nodes | None:
     if len(parts) < 2 or len({len(part) for part in parts}) != 1 or len(parts[0]) < 2:
         return None
     rail = _rails(topology.ranks, nics)
-    kinds = {_kind(part, inner) for part in parts}
+    kinds = {_kind(part, links) for part, links in zip(parts, _by_part(parts, inner), strict=True)}
     if rail is None or len(kinds) != 1 or (kind := kinds.pop()) is None:
         return None
     rails = len(set(rail.values())) > 1
@@ -112,10 +119,20 @@ def _rails(ranks: int, nics: list[Link]) -> dict[int, str] | None:
     return {rank: ends[rank][0][0] for rank in range(ranks)} if both_ways else None
 
 
-def _kind(part: list[int], inner: list[Link]) -> tuple[float, bool] | None:
+def _by_part(parts: list[list[int]], inner: list[Link]) -> list[list[Link]]:
+    """The links with a rank of each part at an end."""
+    home = {rank: number for number, part in enumerate(parts) for rank in part}
+    found: list[list[Link]] = [[] for _ in parts]
+    for link in inner:
+        end = link.source if isinstance(link.source, int) else link.target
+        if isinstance(end, int):
+            found[home[end]].append(link)
+    return found
+
+
+def _kind(part: list[int], links: list[Link]) -> tuple[float, bool] | None:
     """Rate and form of a node: a full mesh (False) or a switch (True) of equal links; None for anything else."""
-    m, within = len(part), set(part)
-    links = [link for link in inner if link.source in within or link.target in within]
+    m = len(part)
     rates = {link.GBps for link in links}
     switches = {end for link in links for end in (link.source, link.target) if isinstance(end, str)}
     if len(rates) != 1 or len(switches) > 1 or len(links) != (2 * m if switches else m * (m - 1)):

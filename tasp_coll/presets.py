@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import permutations
+from math import prod
 from typing import NamedTuple
 
 from tasp_coll.errors import ArgumentTypeError, TopologyError
@@ -17,8 +18,11 @@ from tasp_coll.topology import Topology
 
 # NVIDIA H100 Tensor Core GPU data sheet, SXM: NVLink 4 moves 900 GB/s, both ways together.
 H100_NVLINK = 450.0
-# NVIDIA DGX H100 user guide: eight ConnectX-7 ports of 400 Gbit/s for the compute fabric, one per GPU.
+# NVIDIA DGX H100 user guide: eight ConnectX-7 ports of 400 Gbit/s for the compute fabric, one per GPU. NVIDIA DGX GB200
+# data sheet: 72 of them for 72 GPUs.
 NIC_400G = 50.0
+# NVIDIA GB200 NVL72 data sheet: NVLink 5 moves 130 TB/s in all, 1.8 TB/s per GPU, both ways together.
+NVL72_GPUS, NVL72_NVLINK = 72, 900.0
 # AMD Instinct MI300X platform data sheet: eight GPUs, an Infinity Fabric link from each to every other,
 # 896 GB/s per GPU over its seven links and both ways together.
 MI300X_LINK = 64.0
@@ -53,15 +57,29 @@ def _cluster(name: str, nodes: int, m: int, ratio: Fraction | int = CLUSTER_RATI
     return _joined(name, nodes, m, (), links)
 
 
-def _torus(name: str, rows: int, columns: int) -> Topology:
-    """Rank `r * columns + c` at (r, c). A dimension of 2 has one link, not two ways round; one of 1 none."""
-    pairs: set[tuple[int, int]] = set()
-    for rank in range(rows * columns):
-        r, c = divmod(rank, columns)
-        for step in (-1, 1):
-            pairs.add((rank, r * columns + (c + step) % columns))
-            pairs.add((rank, (r + step) % rows * columns + c))
-    return Topology(name, rows * columns, (), tuple(Link(a, b, NOMINAL) for a, b in pairs if a != b))
+def _nvl72(name: str, nodes: int) -> Topology:
+    """Rank p of every node on the switch of its rail: a GPU's NIC reaches those of the same place in other nodes."""
+    links: list[Link] = []
+    for u in range(nodes):
+        links += _star(f"nvswitch{u}", range(NVL72_GPUS * u, NVL72_GPUS * (u + 1)), NVL72_NVLINK)
+    switches = [f"nvswitch{u}" for u in range(nodes)]
+    for p in range(NVL72_GPUS if nodes > 1 else 0):
+        links += _star(f"rail{p}", range(p, NVL72_GPUS * nodes, NVL72_GPUS), NIC_400G)
+        switches.append(f"rail{p}")
+    return Topology(name, NVL72_GPUS * nodes, tuple(switches), tuple(links))
+
+
+def _torus(name: str, *sides: int) -> Topology:
+    """Ranks row by row, the last coordinate first. A dimension of 2 has one link, not two ways round; one of 1 none."""
+    ranks, stride = prod(sides), 1
+    links: list[Link] = []
+    for side in reversed(sides):
+        for rank in range(ranks):
+            at = rank // stride % side
+            near = {(at - 1) % side, (at + 1) % side} - {at}
+            links += [Link(rank, rank + (to - at) * stride, NOMINAL) for to in near]
+        stride *= side
+    return Topology(name, ranks, (), tuple(links))
 
 
 def _hypercube(name: str, dimensions: int) -> Topology:
@@ -104,7 +122,15 @@ _FORMS = (
         f"cluster:{_N}x{_N}(?::{_R})?",
         _cluster,
     ),
-    _Form("torus:AxB", "A times B ranks, wrapped round both ways, 1 GB/s links", f"torus:{_N}x{_N}", _torus),
+    _Form(
+        "nvl72:U", "U nodes of 72 GB200 behind one NVSwitch, a 50 GB/s NIC per rank on its rail", f"nvl72:{_N}", _nvl72
+    ),
+    _Form(
+        "torus:AxB[xC]",
+        "A times B (times C) ranks, wrapped round every way, 1 GB/s links",
+        f"torus:{_N}x{_N}(?:x{_N})?",
+        _torus,
+    ),
     _Form("hypercube:D", "2^D ranks, D <= 16, 1 GB/s links", "hypercube:0*([0-9]|1[0-6])", _hypercube),
 )
 _WIDTH = max(len(entry.form) for entry in _FORMS)

@@ -123,16 +123,22 @@ def predict(schedule: Schedule, shard_bytes: float, *, costs: Costs = LINKS_ALON
 
 
 def predict_native(
-    topology: Topology, collective: str, shard_bytes: float, *, costs: Costs = LINKS_ALONE
+    topology: Topology,
+    collective: str,
+    shard_bytes: float,
+    *,
+    costs: Costs = LINKS_ALONE,
+    in_order: bool = False,
 ) -> Prediction:
     """The time of an MPI library's own "allgather", "reduce_scatter" or "allreduce", by the algorithms of MPICH.
 
-    shard_bytes: a rank's part of the whole. See `simulate_native`. Raises as `predict`.
+    shard_bytes: a rank's part of the whole. in_order: by a ring in rank order, whatever the size; that needs the paths
+    of n pairs only. See `simulate_native`. Raises as `predict`.
     """
     nbytes = _checked(shard_bytes)
     if topology.ranks == 1:
         return Prediction(0.0)
-    steps, alike = native_steps(collective, topology.ranks, nbytes)
+    steps, alike = native_steps(collective, topology.ranks, math.inf if in_order else nbytes)
     size = sum(len(src) for src, *_ in steps)
     whole, step = partial(step_by_step, topology, steps), lambda number: step_by_step(topology, [steps[number]])
     return _prediction(_simulated(_Job(len(steps), alike, size, whole, step), nbytes, costs), 1, nbytes, costs)

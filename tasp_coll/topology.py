@@ -154,9 +154,9 @@ class Topology:
             return ((src, self.switches[0]), (self.switches[0], dst))
         if via := self._common_switch(src, dst):
             return ((src, via), (via, dst))
-        before = self._before(src, through_ranks=False)
+        before = self._before(src, dst, through_ranks=False)
         if dst not in before:
-            before = self._before(src, through_ranks=True)
+            before = self._before(src, dst, through_ranks=True)
         hops: list[tuple[Node, Node]] = []
         node: Node = dst
         while node != src:
@@ -210,6 +210,11 @@ class Topology:
     def _routes(self) -> dict[tuple[int, bool], dict[Node, Node]]:
         return {}
 
+    @cached_property
+    def _complete(self) -> set[tuple[int, bool]]:
+        """The searches of `_routes` that met all nodes."""
+        return set()
+
     def _common_switch(self, src: int, dst: int) -> Node | None:
         """The switch between two ranks of which `_before` would tell, without a search; None if there is none."""
         number = self._number
@@ -220,18 +225,23 @@ class Topology:
         ]
         return min(ways)[2] if ways else None
 
-    def _before(self, src: int, through_ranks: bool) -> dict[Node, Node]:
-        """Node before each node on its route from `src`.
+    def _before(self, src: int, dst: int, through_ranks: bool) -> dict[Node, Node]:
+        """Node before each node on its route from `src`; nodes farther than `dst` may be left out.
 
         Of equally short and wide routes, the smallest XOR with `src` decides: it spreads an all-to-all evenly over
         the links of hypercubes (e-cube routing) and of square tori of 2^k, where the smallest number would not.
         """
-        number = self._number
-        if (src, through_ranks) not in self._routes:
-            self._routes[src, through_ranks] = breadth_first(
-                self._targets, src, lambda node: number[node] ^ src, through_ranks, self.GBps
+        number, routes = self._number, self._routes
+        found = routes.get((src, through_ranks))
+        if found is None or (dst not in found and (src, through_ranks) not in self._complete):
+            # The first question is answered for those as near; after the second one all are known.
+            goal = dst if found is None else None
+            if goal is None:
+                self._complete.add((src, through_ranks))
+            found = routes[src, through_ranks] = breadth_first(
+                self._targets, src, lambda node: number[node] ^ src, through_ranks, self.GBps, goal
             )
-        return self._routes[src, through_ranks]
+        return found
 
 
 def turned(topology: Topology) -> Topology:

@@ -83,14 +83,24 @@ def _layers(m: int) -> int:
     return 2 if m in (3, 5) else 1
 
 
-def _share(nodes: Nodes, count: int) -> Fraction:
-    """What a ring's width makes of the busiest links: a NIC, one link inside, or a port of the switch inside."""
+def is_known(nodes: Nodes) -> bool:
+    """Whether there are rings in closed form, which keep to the rails."""
+    return not nodes.rails or _along_rails(nodes.size, nodes.count) is not None
+
+
+def loads(nodes: Nodes, count: int) -> tuple[Fraction, Fraction]:
+    """What a step of `count` rings brings of a shard over the busiest link, or port of a switch, inside and NIC."""
     m = nodes.size
-    nic = Fraction(-(-count // m), count)
     if nodes.switched:  # all rings but those that end at the rank
         inside = Fraction(count - count // m, count)
     else:
         inside = Fraction(min(count, _layers(m)), count)
+    return inside, Fraction(-(-count // m), count)
+
+
+def _share(nodes: Nodes, count: int) -> Fraction:
+    """What a ring's width makes of the busiest links: a NIC, one link inside, or a port of the switch inside."""
+    inside, nic = loads(nodes, count)
     rates = Fraction(str(nodes.nic_GBps)), Fraction(str(nodes.inside_GBps))
     return max(rates) * max(nic / rates[0], inside / rates[1])
 

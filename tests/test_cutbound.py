@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import chain, combinations
+from itertools import chain, combinations, permutations, product
+from math import prod
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from random_topologies import topologies
-from tasp_coll.cutbound import allgather_bound_shares
+from random_topologies import RATES, topologies
+from tasp_coll.cutbound import allgather_bound_shares, bound_by_flows
 from tasp_coll.links import Link, Node
+from tasp_coll.nodes import nodes_of
 from tasp_coll.topology import Topology
 
 NIC = 50  # GB/s, the unit of the table's multi-node rows
@@ -90,6 +93,56 @@ def test_measured_rates_stay_exact() -> None:
     rates = [0.957123456789012, 0.1, 1e-05, 123456.789]
     links = [Link(rank, (rank + 1) % 4, rate) for rank, rate in enumerate(rates)]
     assert allgather_bound_shares(Topology("ring", 4, (), tuple(links))) == 3 * 10**5
+
+
+def equal_nodes(u: int, m: int, inside: float, nic: float, switched: bool, rails: bool) -> Topology:
+    """Full meshes or switches of m ranks, on one fabric or on m rails."""
+    ends: list[tuple[Node, Node, float]] = [(r, f"rail{r % m}" if rails else "fabric", nic) for r in range(u * m)]
+    if switched:
+        ends += [(r, f"node{r // m}", inside) for r in range(u * m)]
+    links = [Link(a, b, rate) for p, q, rate in ends for a, b in ((p, q), (q, p))]
+    if not switched:
+        links += [Link(m * a + p, m * a + q, inside) for a in range(u) for p, q in permutations(range(m), 2)]
+    switches = {end for link in links for end in (link.source, link.target) if isinstance(end, str)}
+    return Topology("nodes", u * m, tuple(sorted(switches)), tuple(links))
+
+
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("rails", [False, True])
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_closed_form_of_nodes_is_the_worst_of_all_cuts(switched: bool, rails: bool, data: st.DataObject) -> None:
+    u, m = data.draw(st.integers(2, 4)), data.draw(st.integers(2, 5))
+    inside, nic = data.draw(RATES), data.draw(RATES)
+    topology = equal_nodes(u, m, inside, nic, switched, rails)
+    assert nodes_of(topology) is not None or inside <= nic
+    assert allgather_bound_shares(topology) == bound_by_flows(topology)
+
+
+def test_each_of_the_cuts_of_nodes_may_be_the_tightest() -> None:
+    """One rank, one node, one rail."""
+    cuts = {(9.0, 1.0): Fraction(2), (9.0, 8.0): Fraction(11, 17), (1.0, 9.0): Fraction(3)}
+    for (inside, nic), expected in cuts.items():
+        topology = equal_nodes(3, 4, inside, nic, switched=True, rails=True)
+        assert allgather_bound_shares(topology) == bound_by_flows(topology) == expected
+
+
+SMALL_TORI = [sides for count in (1, 2, 3) for sides in product(range(2, 10), repeat=count) if 3 < prod(sides) <= 36]
+
+
+@pytest.mark.parametrize("sides", SMALL_TORI, ids=str)
+def test_the_closed_form_of_tori_is_the_worst_of_all_cuts(sides: tuple[int, ...]) -> None:
+    """Long and thin ones too."""
+    torus = Topology.preset("torus:" + "x".join(map(str, (*sides, 1, 1)[: max(2, len(sides))])))
+    assert allgather_bound_shares(torus) == bound_by_flows(torus)
+
+
+@pytest.mark.parametrize("spec", ["cluster:512x8", "dgx_h100:512", "nvl72:56", "torus:16x16x16"])
+def test_thousands_of_ranks_need_no_flows(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasp_coll.cutbound.bound_by_flows", None)
+    topology = Topology.preset(spec)
+    slowest = min(Fraction(str(link.GBps)) for link in topology.links)
+    assert allgather_bound_shares(topology) >= (topology.ranks - 1) / (slowest * 20)
 
 
 def test_hundreds_of_ranks_take_less_than_seconds() -> None:

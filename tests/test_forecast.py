@@ -120,6 +120,18 @@ def test_thousands_of_ranks_make_no_plans(spec: str, collective: str, counted: C
     assert simulated == [[], []]
 
 
+@pytest.mark.parametrize("spec", ["cluster:256x8", "dgx_h100:256", "nvl72:28"])
+def test_thousands_of_ranks_on_nodes_neither(spec: str, counted: Callable[[str], list[Any]]) -> None:
+    plans, topology = counted("plan"), Topology.preset(spec)
+    for collective in ("allgather", "reduce_scatter", "allreduce"):
+        found = forecasts(Case(topology, collective, MIB, ALL))
+        assert {each.choice.algorithm for each in found} == set(ALL)
+        bound = topology.allgather_bound(MIB) * (2 if collective == "allreduce" else 1)
+        assert all(each.prediction.seconds >= bound * (1 - 1e-9) for each in found)
+        assert fastest(found).choice.algorithm in ("rings", "hierarchical")
+    assert plans == []
+
+
 def test_where_nothing_can_be_said_the_exchange_is_direct() -> None:
     links = [Link(r, (r + step) % 200, 1.0 + r) for r in range(200) for step in (1, 7)]
     found = choose(Case(Topology("odd", 200, (), tuple(links)), "allgather", MIB, ("direct", "native")))

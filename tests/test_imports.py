@@ -19,7 +19,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 # to right, and from rooms above. A new module needs a place here.
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
-    "topology": ("links", "cutbound", "topology", "presets", "topology_file", "nodes", "discovery"),
+    "topology": ("links", "grids", "nodes", "cutbound", "topology", "presets", "topology_file", "discovery"),
     "decomposition": (
         *("rings", "hamilton", "two_level", "hops", "widths", "single_ring", "ring_solver", "packing", "decomposition"),
     ),
@@ -57,7 +57,9 @@ BACKWARDS = {
 # Narrower than the order: all that these may know of the package.
 ONLY: dict[str, set[str]] = {
     "errors": set(),
-    "cutbound": {"errors"},
+    "grids": set(),
+    "nodes": {"links"},
+    "cutbound": {"grids", "nodes"},
     "hamilton": {"errors"},
     "patterns": {"errors"},
     "frameworks": {"errors"},

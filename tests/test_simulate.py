@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import tasp_coll.simulate
 from tasp_coll import ArgumentError, Link, Schedule, Topology, plan
+from tasp_coll.nodes import nodes_of
 from tasp_coll.simulate import Costs, Prediction, predict, predict_native
 from tasp_coll.simulate_events import simulate
 from tasp_coll.simulate_formulas import formula
@@ -20,6 +22,7 @@ from tasp_coll.simulate_links import routes_of
 from tasp_coll.simulate_messages import messages_of
 from tasp_coll.simulate_native import native_steps
 from test_cutbound import topologies
+from test_two_level import rail_cluster
 
 GB = 1e9
 NIC = 50
@@ -346,8 +349,83 @@ def test_formulas_know_latencies_and_their_limits() -> None:
     closed = formula(ports, "ring", 1000)
     assert closed is not None
     assert closed.seconds == pytest.approx(predict(plan(ports, algorithm="ring"), 1000).seconds)
-    assert formula(Topology.preset("torus:3x3"), "direct", 1) is None
+    assert formula(Topology.preset("torus:3x3"), "rings", 1) is None
     assert formula(Topology.preset("full_mesh:3"), "hierarchical", 1) is None
+    assert formula(Topology.preset("cluster:2x4"), "rings", 1, rings=5) is None
+    assert formula(rail_cluster(3, 2), "rings", 1) is None  # no rings in closed form
+    assert formula(Topology.preset("torus:3x3").without_link(0, 1), "direct", 1) is None
+
+
+def late(topology: Topology, inside_us: float, nic_us: float) -> Topology:
+    """Nodes with latencies: of the NICs, and of all other links."""
+    nic = nodes_of(topology).nic_GBps
+    links = [replace(link, latency_us=nic_us if link.GBps == nic else inside_us) for link in topology.links]
+    return Topology(f"{topology.name} late", topology.ranks, topology.switches, links)
+
+
+NODES = [
+    *map(Topology.preset, ("cluster:2x4", "cluster:3x3", "cluster:3x2:2", "dgx_h100:2", "cluster:2x4:0.25")),
+    *(rail_cluster(4, 4, True), rail_cluster(3, 4), rail_cluster(2, 6)),
+    *(late(Topology.preset("cluster:3x3"), 2, 5), late(Topology.preset("dgx_h100:2"), 5, 1)),
+]
+
+
+@pytest.mark.parametrize("topology", NODES, ids=lambda topology: topology.name)
+@pytest.mark.parametrize("collective", ["allgather", "reduce_scatter"])
+@pytest.mark.parametrize("rings", [None, 1, 2])
+@pytest.mark.parametrize("message_us", [0, 3, 30])
+def test_the_formula_of_rings_on_nodes(
+    topology: Topology, collective: str, rings: int | None, message_us: float
+) -> None:
+    """As exact as a simulation that may stop after the first step, but for where latencies come close to bandwidth."""
+    near = 0.1 if topology.name.endswith("late") else 0.03
+    costs, schedule = Costs(message_us, GBps=200), plan(topology, collective, rings=rings)
+    for size in (0, 10**4, 10**6, 10**8):
+        found = predict(schedule, size, costs=costs)
+        closed = formula(topology, "rings", size, rings=rings, costs=costs)
+        assert closed is not None
+        assert closed.seconds == pytest.approx(found.seconds, rel=near)
+        assert closed.software_s == pytest.approx(found.software_s)
+        assert closed.utilisation == pytest.approx(found.utilisation, rel=near)
+        assert closed.seconds >= topology.allgather_bound(size) * (1 - 1e-9)
+        assert closed.steps[-1] <= closed.seconds * (1 + 1e-9)
+        if rings == 1:
+            assert closed == formula(topology, "ring", size, costs=costs)
+
+
+@pytest.mark.parametrize("topology", NODES, ids=lambda topology: topology.name)
+def test_the_formulas_of_one_message_for_each_pair_on_nodes(topology: Topology) -> None:
+    costs, rails = Costs(3, GBps=200), nodes_of(topology).rails
+    for size in (0, 10**6):
+        found = predict(plan(topology, algorithm="direct", slices=2), size, costs=costs)
+        closed = formula(topology, "direct", size, slices=2, costs=costs)
+        assert closed is not None
+        assert closed.software_s == pytest.approx(found.software_s)
+        # Routes do not spread as evenly over rails as the formula has it.
+        assert found.seconds * (0.5 if rails else 1 - 1e-9) <= closed.seconds <= found.seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("topology", NODES, ids=lambda topology: topology.name)
+def test_the_formula_of_the_mpi_librarys_ring_on_nodes(topology: Topology) -> None:
+    for costs in (Costs(), Costs(3)):
+        found = predict_native(topology, "allgather", 10**7, costs=costs, in_order=True)
+        closed = formula(topology, "native", 10**7, costs=costs)
+        assert closed is not None
+        assert closed.seconds == pytest.approx(found.seconds, rel=0.03)
+        assert closed.software_s == pytest.approx(found.software_s)
+
+
+@pytest.mark.parametrize("spec", ["torus:4x4", "torus:4x8", "hypercube:4", "torus:2x4x4", "torus:3x5", "torus:3x4"])
+def test_the_formula_of_the_direct_exchange_on_tori(spec: str) -> None:
+    topology, costs = Topology.preset(spec), Costs(3)
+    found = predict(plan(topology, algorithm="direct", slices=1), GB, costs=costs)
+    closed = formula(topology, "direct", GB, costs=costs)
+    assert closed is not None
+    even = set(map(int, spec.split(":")[1].split("x"))) <= {2, 4, 8}
+    assert found.seconds * (1 - 1e-9 if even else 0.5) <= closed.seconds <= found.seconds * (1 + 1e-9)
+    assert closed.seconds >= topology.allgather_bound(GB)
+    native = formula(topology, "native", GB, costs=costs)
+    assert native == predict_native(topology, "allgather", GB, costs=costs)
 
 
 @pytest.mark.parametrize("spec, algorithm", [("cluster:2x4", "hierarchical"), ("torus:3x5", "direct")])

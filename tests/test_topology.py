@@ -45,6 +45,7 @@ SPECS = [
         "hypercube:4",
     ),
     *("torus:1x1", "torus:1x2", "torus:2x2", "torus:1x3", "torus:2x3", "torus:3x5", "torus:4x4"),
+    *("torus:1x1x1", "torus:2x2x2", "torus:1x3x1", "torus:3x2x4", "nvl72:1", "nvl72:2"),
 ]
 
 
@@ -185,9 +186,10 @@ def test_bad_mesh_links(arguments: tuple[Any, ...]) -> None:
 def test_kinds() -> None:
     meshes = {spec for spec in SPECS if Topology.preset(spec).is_full_mesh}
     single = {spec for spec in SPECS if Topology.preset(spec).is_single_switch}
-    assert single == {"nvswitch:1", "nvswitch:6", "dgx_h100:1", "cluster:3x1"}
-    ones = {"full_mesh:1", "cluster:1x1", "hypercube:0", "torus:1x1"}
-    assert meshes == {*ones, "full_mesh:2", "full_mesh:5", "mi300x", "cluster:1x4", "torus:1x2", "torus:1x3"}
+    assert single == {"nvswitch:1", "nvswitch:6", "dgx_h100:1", "cluster:3x1", "nvl72:1"}
+    ones = {"full_mesh:1", "cluster:1x1", "hypercube:0", "torus:1x1", "torus:1x1x1"}
+    small = {"torus:1x2", "torus:1x3", "torus:1x3x1"}
+    assert meshes == {*ones, *small, "full_mesh:2", "full_mesh:5", "mi300x", "cluster:1x4"}
 
 
 def test_one_odd_link_makes_it_irregular() -> None:
@@ -537,6 +539,11 @@ def test_presets_keep_their_names_and_go_both_ways(spec: str) -> None:
         ("torus:2x4", 8, {3}),
         ("torus:2x2", 4, {2}),
         ("torus:1x5", 5, {2}),
+        ("torus:3x4x5", 60, {6}),
+        ("torus:2x3x4", 24, {5}),
+        ("torus:1x2x5", 10, {3}),
+        ("nvl72:1", 72, {1}),
+        ("nvl72:3", 216, {2}),
         ("hypercube:4", 16, {4}),
     ],
 )
@@ -547,6 +554,14 @@ def test_every_rank_has_the_links_it_should(spec: str, ranks: int, degrees: set[
     assert {out[rank] for rank in range(ranks)} == degrees
 
 
+@pytest.mark.parametrize("spec", ["torus:3x5", "nvl72:2", "torus:3x2x4"])
+def test_paths_do_not_depend_on_what_was_asked_before(spec: str) -> None:
+    near, far = Topology.preset(spec), Topology.preset(spec)
+    ranks = range(1, near.ranks)
+    assert [near.path(0, dst) for dst in ranks] == [far.path(0, dst) for dst in reversed(ranks)][::-1]
+    assert near.path(5, near.ranks - 1) == Topology.preset(spec).path(5, near.ranks - 1)
+
+
 def test_rates_of_nodes_and_nics() -> None:
     dgx, cluster = Topology.preset("dgx_h100:2"), Topology.preset("cluster:2x4:4.5")
     assert dgx.GBps(9, "nvswitch1") == 9 * dgx.GBps("fabric", 9) == 450.0
@@ -555,10 +570,22 @@ def test_rates_of_nodes_and_nics() -> None:
     assert cluster.GBps(3, 4) == 0.0
     assert Topology.preset("cluster:2x4").fingerprint == Topology.preset("cluster:2x4:9").fingerprint
     assert Topology.preset("mi300x").GBps(0, 7) == 64.0
+    nvl = Topology.preset("nvl72:2")
+    assert nvl.GBps(73, "nvswitch1") == 18 * nvl.GBps("rail1", 73) == 900.0
+    assert nvl.GBps(73, "rail0") == 0.0
+    assert nvl.path(1, 73) == ((1, "rail1"), ("rail1", 73))
+
+
+def test_tori_are_numbered_row_by_row() -> None:
+    torus = Topology.preset("torus:3x4x5")
+    ends = {link.target for link in torus.links if link.source == 0}
+    assert ends == {1, 4, 5, 15, 20, 40}
+    assert Topology.preset("torus:2x2x2").fingerprint == Topology.preset("hypercube:3").fingerprint
+    assert Topology.preset("torus:1x3x5").fingerprint == Topology.preset("torus:3x5").fingerprint
 
 
 def test_known_specs_name_the_forms_that_work() -> None:
-    small = {"N": "3", "U": "2", "M": "2", "[:R]": ":2.5", "A": "2", "B": "3", "D": "2"}
+    small = {"N": "3", "U": "2", "M": "2", "[:R]": ":2.5", "A": "2", "B": "3", "[xC]": "x2", "D": "2"}
     for line in KNOWN_SPECS.splitlines():
         name, colon, sizes = line.split()[0].partition(":")
         for letter, number in small.items():
@@ -599,7 +626,10 @@ def test_known_specs_name_the_forms_that_work() -> None:
         *(
             "torus:4",
             "torus:4x0",
-            "torus:2x2x2",
+            "torus:2x2x0",
+            "torus:2x2x2x2",
+            "nvl72",
+            "nvl72:0",
             "hypercube:17",
             "hypercube:-1",
             "full_mesh:\u0663",
