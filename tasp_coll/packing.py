@@ -17,6 +17,7 @@ links carry.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -105,11 +106,16 @@ def _simple(hops: Hops) -> Packed:
 
 def _forms(hops: Hops) -> list[Cycle]:
     """Rings in closed form of the full mesh or the equal nodes that the topology nearly is, where it has their hops."""
-    for ratio in _ALIKE:
-        even = _evened(hops.topology, ratio)
-        if rings := _known(even, 1 if len(even.links) == len(hops.topology.links) else _NUMBERINGS):
+    whole = len(hops.topology.links)
+    nearly = [(even, 1 if len(even.links) == whole else _NUMBERINGS) for even in _alike(hops.topology)]
+    for even, numberings in (*nearly, (_healed(hops.topology), _NUMBERINGS)):
+        if rings := _known(even, numberings):
             return [ring for ring in rings if all(hops.is_near(hop) for hop in hops_of(ring))]
     return []
+
+
+def _alike(topology: Topology) -> Iterator[Topology]:
+    return (_evened(topology, ratio) for ratio in _ALIKE)
 
 
 def _known(topology: Topology, numberings: int) -> list[Cycle]:
@@ -146,6 +152,32 @@ def _evened(topology: Topology, ratio: float) -> Topology:
         if len(part) * (len(part) - 1) > len(have) > len(part) * (len(part) - 1) * _DENSE:
             links += [Link(u, v, min(have)) for u, v in permutations(part, 2) if (u, v) not in direct]
     return Topology(topology.name, topology.ranks, topology.switches, tuple(links))
+
+
+def _healed(topology: Topology) -> Topology:
+    """The topology with the rate for each link that most of its kind have, as if none were slow, and ports back.
+
+    Of a kind are the links between ranks, those from ranks to a switch, and those from it to them. A port seems to be
+    dead where most ranks have one to this switch.
+    """
+    kinds: dict[tuple[str, bool], Counter[float]] = {}
+    for link in topology.links:
+        kinds.setdefault(_kind(link), Counter())[link.GBps] += 1
+    usual = {kind: max(rates, key=lambda rate: (rates[rate], rate)) for kind, rates in kinds.items()}
+    links = [Link(link.source, link.target, usual[_kind(link)]) for link in topology.links]
+    there = {(link.source, link.target) for link in links}
+    for (switch, up), rates in kinds.items():
+        if switch and _DENSE * topology.ranks < rates.total() < topology.ranks:
+            ends = [(rank, switch) if up else (switch, rank) for rank in range(topology.ranks)]
+            links += [Link(a, b, usual[switch, up]) for a, b in ends if (a, b) not in there]
+    return Topology(f"{topology.name} healed", topology.ranks, topology.switches, tuple(links))
+
+
+def _kind(link: Link) -> tuple[str, bool]:
+    """The switch of a port and whether the port leads up to it; no switch for a link between ranks."""
+    if isinstance(link.target, str):
+        return link.target, True
+    return (link.source, False) if isinstance(link.source, str) else ("", True)
 
 
 def _equal_widths(hops: Hops, solver: RingSolver) -> Packed | None:

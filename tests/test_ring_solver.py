@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from itertools import chain, combinations
 from time import perf_counter
@@ -27,7 +28,7 @@ from tasp_coll import (
 from tasp_coll.decomposition import check_decomposition, decomposition_of
 from tasp_coll.hamilton import cycle_neighbours, is_hamiltonian_cycle
 from tasp_coll.hops import Hops, hops_of
-from tasp_coll.packing import largest_count, pack_all
+from tasp_coll.packing import LARGEST, largest_count, pack_all
 from tasp_coll.single_ring import single_ring
 from test_two_level import rail_cluster
 
@@ -159,6 +160,31 @@ def test_small_differences_of_rate_need_no_solver(monkeypatch: pytest.MonkeyPatc
         assert found.reversible
         even = decomposition_of(Topology.preset(spec))
         assert even.share <= found.share <= even.share * Fraction(102, 100)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.0])
+@pytest.mark.parametrize("spec", ["cluster:2x4", "dgx_h100:2", "cluster:34x8"])
+def test_a_slow_or_dead_nic_costs_its_node_one_nic(spec: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And needs no solver on more ranks than it takes."""
+    topology = with_nic(Topology.preset(spec), 3, share)
+    if topology.ranks > LARGEST:
+        monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
+    found, whole = pack_all(topology), decomposition_of(Topology.preset(spec))
+    check_decomposition(topology, found.rings, found.share)
+    per_node = 4 if spec == "cluster:2x4" else 8
+    lost = 1 - whole.share / found.share
+    assert (1 - share) / per_node * 0.98 <= lost <= (1 - share) / per_node * 2, "the narrowest cut, and two rings"
+
+
+def with_nic(topology: Topology, rank: int, share: float) -> Topology:
+    """The NIC of a rank has this share of its rate."""
+    nic = {rank, "fabric"}
+    links = [
+        replace(link, GBps=link.GBps * share) if {link.source, link.target} == nic else link
+        for link in topology.links
+        if share or {link.source, link.target} != nic
+    ]
+    return Topology("a bad NIC", topology.ranks, topology.switches, tuple(links))
 
 
 def test_directions_that_differ_keep_to_the_rings_that_fit() -> None:

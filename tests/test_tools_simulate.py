@@ -155,7 +155,8 @@ def test_bad_flags(flags: list[str], said: str, capsys: pytest.CaptureFixture[st
     [
         (["-t", "mesh"], "neither a file nor a preset"),
         (["-t", "mi300x", "--dead", "0:s"], "must name links"),
-        (["-t", "cluster:2x2", "--dead", "0:1", "--dead", "0:fabric"], "cannot reach"),
+        (["-t", "cluster:200x8", "--dead", "0:1"], "up to 1024 ranks, got 1600"),
+        (["-t", "cluster:2x2", "--dead", "0:1", "--dead", "0:fabric"], "none lead from 0 to 1"),
     ],
 )
 def test_what_cannot_be_looked_at(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

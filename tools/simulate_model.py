@@ -19,7 +19,8 @@ from tasp_coll.topology import read_named, turned
 
 ALGORITHMS = ("rings", "hierarchical", "ring", "direct", "native")
 _FACTOR = {"allgather": 1.0, "reduce_scatter": 1.0, "allreduce": 2.0}  # busbw / algbw, times n/(n-1)
-_FAULTS_OF = 1024  # ranks above which only rings are followed on a topology that they were not planned for
+_FOLLOWED = 128  # ranks above which, with faults, no schedule of n^2 messages is followed
+_FAULTS_OF = 1024  # ranks above which a topology with faults takes minutes to plan for
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,16 @@ def attention_at(options: Options, topology: Topology, problem: Problem) -> list
 
 
 def losses(options: Options, topology: Topology) -> list[Loss]:
-    """With the faults that were asked for, at the largest size. TopologyError if ranks are cut off."""
+    """With the faults that were asked for, at the largest size. TopologyError if ranks are cut off.
+
+    ArgumentError for so many ranks that a new plan takes minutes.
+    """
     if not options.faults:
         return []
+    if topology.ranks > _FAULTS_OF:
+        raise ArgumentError(
+            f"--dead and --slow must be on a topology of up to {_FAULTS_OF} ranks, got {topology.ranks}"
+        )
     broken, nbytes, rows = degraded(topology, options.faults), max(options.sizes), []
     for collective in options.collectives:
         healthy = Case(topology, collective, nbytes, costs=options.costs)
@@ -168,7 +176,7 @@ def losses(options: Options, topology: Topology) -> list[Loss]:
 
 def _kept(case: Case, algorithm: str, broken: Topology) -> float | None:
     """Seconds of the plan for the whole topology on the broken one; None where that takes too long to look at."""
-    if case.topology.ranks > _FAULTS_OF and algorithm not in ("ring", "rings"):
+    if case.topology.ranks > _FOLLOWED and algorithm not in ("ring", "rings"):
         return None
     choice = choice_of(algorithm, case.collective, case.topology.ranks, case.shard_bytes)
     phases = ("reduce_scatter", "allgather") if case.collective == "allreduce" else (case.collective,)

@@ -255,7 +255,8 @@ attention, by method
   exposed is what communication adds to computing; CCR is computing over communicating on one ring; memory is what
   a rank needs beyond inputs and results, roughly.
 --dead, --slow
-  add a table: what is lost if the plan stays (data takes the next shortest way), and if rings are planned anew.
+  add a table: what is lost if the plan stays (data takes the next shortest way), and if rings are planned anew. For
+  up to 1024 ranks.
 --picture
   speedup       how many times as fast as ring attention each method is, over CCR, for growing sequences
   map           which method is fastest, by sequence length and batch
