@@ -3,8 +3,9 @@
 On a full mesh of n ranks the rings are link-disjoint directed Hamiltonian cycles ("orthogonal rings", TASP,
 arXiv 2509.26541): n-1 of them use every link. n = 4 and 6 have no such n-1 cycles; there 2(n-1) rings of
 half width use every link exactly twice. Behind a single switch a rank's own link is all it has, and one ring
-fills it. Equal nodes are taken in turn, one ring for each NIC (`two_level`). For any other topology a solver
-packs rings into the links (`packing`).
+fills it. Equal nodes are taken in turn, one ring for each NIC (`two_level`). The links of a torus whose sides are 3
+or more make as many rings as a rank has links (`torus`). For any other topology a solver packs rings into the links
+(`packing`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from threading import Lock
 
 import numpy as np
 
-from tasp_coll import hamilton, packing, two_level
+from tasp_coll import hamilton, packing, torus, two_level
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError
+from tasp_coll.grids import sides_of
 from tasp_coll.links import Node
 from tasp_coll.nodes import Nodes, nodes_of
 from tasp_coll.rings import Decomposition, Ring, equal_rings
@@ -32,18 +34,20 @@ def decompose(topology: Topology, rings: int | None = None) -> tuple[Ring, ...]:
     `rings=None` uses all links: on a full mesh of n ranks n-1 disjoint rings (for n = 4 six and for n = 6
     ten, with every link on exactly two); behind a single switch one ring, which is already optimal, since a
     rank has one link out and the ring keeps it full at every step; on equal nodes of m ranks one ring for each
-    NIC of a node (two for m = 3 and 5). On any other topology rings are packed until they come within 2% (beyond
-    24 ranks 5%) of the narrowest cut between ranks, which no rings can beat, or the effort is spent; where links
-    differ, each ring's weight is what its links can carry beside the others. At most 2(n-1) rings; hops lead over
-    one link or over switches, over other ranks only where there is no other way. That needs the extra `solver`,
-    unless one ring fills the narrowest cut, or the links differ from the forms above by little.
+    NIC of a node (two for m = 3 and 5); on a torus of sides >= 3 one for each link of a rank. On any other topology
+    rings are packed until they come within 2% (beyond 24 ranks 5%) of the narrowest cut between ranks, which no rings
+    can beat, or the effort is spent; where links differ, each ring's weight is what its links can carry beside the
+    others. At most 2(n-1) rings; hops lead over one link or over switches, over other ranks only where there is no
+    other way. That needs the extra `solver`, unless one ring fills the narrowest cut, or the links differ from the
+    forms above by little.
 
-    `rings=k` takes k distinct rings, on a mesh, a switch and equal nodes of weight 1/k: disjoint where k disjoint
-    ones exist (on a mesh up to n-1, but 2 for n = 4 and 4 for n = 6), else with at most two over one link of a mesh;
-    elsewhere the best k that were found. One ring never needs the solver. Only those asked for are built.
+    `rings=k` takes k distinct rings, on a mesh, a switch, equal nodes, and a torus (there up to as many as None gives)
+    of weight 1/k: disjoint where k disjoint ones exist (on a mesh up to n-1, but 2 for n = 4 and 4 for n = 6), else
+    with at most two over one link of a mesh; elsewhere the best k that were found. One ring never needs the solver.
+    Only those asked for are built, but for a torus.
 
     The same topology gives the same rings on every rank and machine (with the same release of ortools), and is
-    worked out once in a process. Sources: see `tasp_coll.hamilton`, `two_level`, `packing`, `ring_solver`,
+    worked out once in a process. Sources: see `tasp_coll.hamilton`, `two_level`, `torus`, `packing`, `ring_solver`,
     `widths` and `single_ring`.
 
     Raises ArgumentError for `rings` that is not an integer from 1 to the largest number (on a mesh and a switch n-1;
@@ -185,6 +189,11 @@ def _uneven(topology: Topology, rings: int | None) -> Decomposition:
         count = None if rings is None else _checked_count(topology, rings, limit)
         if nodes:
             return _two_level(known, limit if count is None else count)
+        sides = _sides(known)
+        if sides and (count is None or count <= torus.largest_count(sides)):
+            found = torus.decompose_torus(sides, count or torus.largest_count(sides))
+            if found is not None:
+                return found
         if count is None or (count > 1 and len(_packed(known, None).rings) == count):
             return _packed(known, None)
         return _packed(known, count)
@@ -206,6 +215,13 @@ def _nodes(known: _Known) -> Nodes | None:
     """The nodes of a topology whose rings have a closed form."""
     nodes = nodes_of(known.topology)
     return nodes if nodes and two_level.decompose_nodes(nodes, 1) else None
+
+
+@lru_cache(maxsize=64)
+def _sides(known: _Known) -> tuple[int, ...] | None:
+    """The sides of a torus whose rings are known."""
+    sides = sides_of(known.topology)
+    return sides if sides and torus.has_rings(sides) else None
 
 
 @lru_cache(maxsize=64)

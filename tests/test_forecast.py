@@ -132,6 +132,19 @@ def test_thousands_of_ranks_on_nodes_neither(spec: str, counted: Callable[[str],
     assert plans == []
 
 
+def test_a_torus_of_thousands_of_ranks() -> None:
+    """Rings on all links reach the bound; a direct exchange is nowhere near it."""
+    topology = Topology.preset("torus:8x16x16")
+    for collective, phases in (("allgather", 1), ("reduce_scatter", 1), ("allreduce", 2)):
+        found = {each.choice.algorithm: each.prediction for each in forecasts(Case(topology, collective, MIB, ALL))}
+        bound = phases * topology.allgather_bound(MIB)
+        assert set(found) == {"ring", "rings", "direct", "native"}
+        assert found["rings"].seconds == pytest.approx(bound)
+        assert found["ring"].seconds == pytest.approx(6 * bound)
+        assert found["native"].seconds >= found["ring"].seconds * (1 - 1e-9)
+        assert found["direct"].seconds == pytest.approx(phases * 2048 / 16 * 64 / 2 * MIB / 1e9)
+
+
 def test_where_nothing_can_be_said_the_exchange_is_direct() -> None:
     links = [Link(r, (r + step) % 200, 1.0 + r) for r in range(200) for step in (1, 7)]
     found = choose(Case(Topology("odd", 200, (), tuple(links)), "allgather", MIB, ("direct", "native")))
