@@ -163,7 +163,7 @@ class Phase:
     @property
     def exposed_s(self) -> float:
         """What communication adds to computing."""
-        return self.seconds - self.compute_s
+        return max(self.seconds - self.compute_s, 0.0)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ def test_attention_of_all_methods() -> None:
     attention = [row for row in found if "method" in row and "tokens" in row]
     assert [row["method"] for row in attention] == list(METHODS)
     assert all(row["fastest"] == (row["seconds"] == min(x["seconds"] for x in attention)) for row in attention)
+    scarce = rows("cluster:2x4", *SMALL, "--causal", "--room", "0.1")
+    assert not of(scarce, method="allgather", tokens=1 << 16)["fits"]
+    assert not of(scarce, method="allgather", tokens=1 << 16)["fastest"]
     ring, tasp = (of(found, method=method, tokens=1 << 16) for method in ("ring", "tasp"))
     assert tasp["seconds"] <= ring["seconds"]
     assert tasp["forward"]["exposed_s"] <= ring["forward"]["exposed_s"]
@@ -167,6 +170,6 @@ def test_what_cannot_be_looked_at(flags: list[str], said: str, capsys: pytest.Ca
 def test_numbers_and_devices() -> None:
     assert [count(text) for text in ("1000", "64K", "1.5m", "2G")] == [1000, 65536, 3 << 19, 2 << 30]
     options = parse(None, ["-t", "nvswitch:8", "--tflops", "300", "--half-tokens", "0", "--step-us", "5"])
-    assert (options.device.flops, options.device.half, options.device.step_s) == (300e12, 0, 5e-6)
+    assert (options.device.flops, options.device.half, options.device.step_s) == (300e12, 0, pytest.approx(5e-6))
     assert parse(None, ["-t", "mi300x"]).device == DEVICES["mi300x"]
     assert parse(None, ["-t", "mi300x", "--device", "h100"]).device == DEVICES["h100"]

@@ -49,11 +49,12 @@ class Collective:
 
 @dataclass(frozen=True)
 class Attention:
-    """One method at one length."""
+    """One method at one length. fits: its memory is there; fastest: of those that fit."""
 
     problem: Problem
     estimate: Estimate
     ccr: float | None
+    fits: bool
     fastest: bool
 
     def record(self) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Attention:
             "seconds": self.estimate.seconds,
             "memory_bytes": self.estimate.memory_bytes,
             "ccr": self.ccr,
+            "fits": self.fits,
             "fastest": self.fastest,
             **phases,
         }
@@ -148,8 +150,12 @@ def attention_at(options: Options, topology: Topology, problem: Problem) -> list
     links = links_on(topology, options.costs)
     found = [forecast(problem, method, links, options.device, options.interference) for method in METHODS]
     there = [estimate for estimate in found if estimate is not None]
-    ratio, least = ccr(problem, links, options.device), min(estimate.seconds for estimate in there)
-    return [Attention(problem, estimate, ratio, estimate.seconds == least) for estimate in there]
+    fitting = [estimate.seconds for estimate in there if estimate.memory_bytes <= options.room]
+    ratio, least = ccr(problem, links, options.device), min(fitting, default=0.0)
+    return [
+        Attention(problem, estimate, ratio, fits, fits and estimate.seconds == least)
+        for estimate, fits in ((estimate, estimate.memory_bytes <= options.room) for estimate in there)
+    ]
 
 
 def losses(options: Options, topology: Topology) -> list[Loss]:

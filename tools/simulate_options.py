@@ -60,6 +60,7 @@ class Options:
     backward: bool
     window: int | None
     device: Device
+    room: float  # bytes
     interference: float
     link_share: float
     costs: Costs
@@ -107,6 +108,7 @@ def parse(about: str | None, argv: Sequence[str] | None) -> Options:
         backward=given.backward,
         window=given.window,
         device=device,
+        room=given.room * 2**30,
         interference=given.interference,
         link_share=given.link_share,
         costs=Costs(given.message_us),
@@ -165,6 +167,7 @@ def _add_computing(group: argparse._ArgumentGroup) -> None:
     add("--tflops", type=_real(), metavar="X", help="what the forward kernel reaches on long blocks, instead")
     add("--half-tokens", type=_real(), metavar="N", help="tokens of a block with which it reaches half of that")
     add("--step-us", type=_real(), metavar="US", help="what each step costs beside: launches (default 10)")
+    add("--room", type=_real(), default=32.0, metavar="GIB", help="memory that a rank can spare (default 32)")
     add(
         "--interference",
         type=_real(0, 1),
@@ -253,7 +256,7 @@ attention, by method
   allgather     all keys and values first, then one computation
   ulysses       heads over ranks: all-to-all, attention over the whole sequence, all-to-all back
   exposed is what communication adds to computing; CCR is computing over communicating on one ring; memory is what
-  a rank needs beyond inputs and results, roughly.
+  a rank needs beyond inputs and results, roughly; what needs more than --room is not taken for the fastest.
 --dead, --slow
   add a table: what is lost if the plan stays (data takes the next shortest way), and if rings are planned anew. For
   up to 1024 ranks.

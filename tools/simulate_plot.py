@@ -58,14 +58,15 @@ def _map(axes: Any, options: Options, topology: Topology) -> None:
         line = []
         for local in _LOCAL:
             problem = problem_of(options, topology.ranks, local * topology.ranks, batch)
-            best = min(attention_at(options, topology, problem), key=lambda row: row.estimate.seconds)
-            line.append(METHODS.index(best.estimate.method))
+            best = [row.estimate.method for row in attention_at(options, topology, problem) if row.fastest]
+            line.append(METHODS.index(best[0]) if best else len(METHODS))
         winners.append(line)
+    colours, names = [*(_COLOURS[method] for method in METHODS), "white"], [*METHODS, "none fits"]
     axes.imshow(
         winners,
-        cmap=ListedColormap([_COLOURS[method] for method in METHODS]),
+        cmap=ListedColormap(colours),
         vmin=-0.5,
-        vmax=len(METHODS) - 0.5,
+        vmax=len(METHODS) + 0.5,
         origin="lower",
         aspect="auto",
     )
@@ -73,7 +74,8 @@ def _map(axes: Any, options: Options, topology: Topology) -> None:
     axes.set_yticks(range(len(_BATCHES)), [str(batch) for batch in _BATCHES])
     axes.set(title=f"the fastest method on {topology.name}", xlabel="tokens of the whole sequence", ylabel="batch")
     there = sorted({number for line in winners for number in line})
-    axes.legend(handles=[Patch(color=_COLOURS[METHODS[number]], label=METHODS[number]) for number in there])
+    handles = [Patch(facecolor=colours[at], edgecolor="grey", label=names[at]) for at in there]
+    axes.legend(handles=handles, loc="upper right")
 
 
 def _timeline(axes: Any, options: Options, topology: Topology) -> None:
