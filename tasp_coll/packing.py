@@ -147,8 +147,12 @@ def _evened(topology: Topology, ratio: float) -> Topology:
     links = [Link(link.source, link.target, even[link.GBps]) for link in topology.links]
     pairs = {(link.source, link.target): link.GBps for link in links}
     direct = {(u, v): rate for (u, v), rate in pairs.items() if isinstance(u, int) and isinstance(v, int)}
-    for part in connected_parts(topology.ranks, (), [link for link in links if (link.source, link.target) in direct]):
-        have = [rate for (u, _), rate in direct.items() if u in part]
+    parts = connected_parts(topology.ranks, (), [link for link in links if (link.source, link.target) in direct])
+    home = {rank: number for number, part in enumerate(parts) for rank in part}
+    rates: list[list[float]] = [[] for _ in parts]
+    for (u, _), rate in direct.items():
+        rates[home[u]].append(rate)
+    for part, have in zip(parts, rates, strict=True):
         if len(part) * (len(part) - 1) > len(have) > len(part) * (len(part) - 1) * _DENSE:
             links += [Link(u, v, min(have)) for u, v in permutations(part, 2) if (u, v) not in direct]
     return Topology(topology.name, topology.ranks, topology.switches, tuple(links))

@@ -12,6 +12,8 @@ from tasp_coll.nodes import Nodes, nodes_of
 from tasp_coll.simulate import LINKS_ALONE, Costs, Prediction, predict_native
 from tasp_coll.topology import Topology
 
+_SIDES = 8  # of a torus above which the next rank is so many hops away that routes take long to find
+
 
 def formula(
     topology: Topology,
@@ -129,8 +131,10 @@ def _direct_on_nodes(
 
 def _on_torus(
     topology: Topology, sides: tuple[int, ...], algorithm: str, shard_bytes: float, slices: int, costs: Costs
-) -> Prediction:
+) -> Prediction | None:
     if algorithm == "native":
+        if len(sides) > _SIDES:
+            return None
         return predict_native(topology, "allgather", shard_bytes, costs=costs, in_order=True)
     n, rate = topology.ranks, topology.links[0].GBps * 1e9
     # Along a side of s, the ranks of a row are s*s//4 hops from any one of them in all, over two links (or one).

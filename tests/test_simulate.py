@@ -350,6 +350,7 @@ def test_formulas_know_latencies_and_their_limits() -> None:
     assert closed is not None
     assert closed.seconds == pytest.approx(predict(plan(ports, algorithm="ring"), 1000).seconds)
     assert formula(Topology.preset("torus:3x3"), "rings", 1) is None
+    assert formula(Topology.preset("hypercube:9"), "native", 1) is None
     assert formula(Topology.preset("full_mesh:3"), "hierarchical", 1) is None
     assert formula(Topology.preset("cluster:2x4"), "rings", 1, rings=5) is None
     assert formula(rail_cluster(3, 2), "rings", 1) is None  # no rings in closed form
