@@ -83,14 +83,15 @@ assumed
 
 # By what a row's name has in it.
 EXPLANATIONS = {
-    "CCR itself": "kernels and links at constant rates let CCR grow as fast as the sequence; the paper's grows threefold "
-    "over a tenfold length, which neither rates nor the cost of a step explain: the speedups at the paper's CCR do fit",
+    "CCR itself": "kernels and links at constant rates let CCR grow as fast as the sequence; the paper's grows "
+    "threefold over a tenfold length, which neither rates nor the cost of a step explain: the speedups at the paper's "
+    "CCR do fit",
     "causal, best": "causal halves the computation, not the transfers, so by the model its best exceeds that of full "
     "masks; the paper's does not. Zigzag calls a kernel twice a step where full masks call it once, and the model's "
     "cost of a step is the same for both",
     "MI300X, full, average": "which configurations the paper averages is not known; those that compute long, where "
     "nothing can be won, are most of the authors' grid",
-    "-K8-": "by the links two-level rings win far more than the rings of the full mesh, since a shard crosses a NIC 1.9 "
-    "and not 8 times on two nodes; the paper sees less and names batched sends, which NCCL serves worse than its "
+    "-K8-": "by the links two-level rings win far more than the rings of the full mesh, since a shard crosses a NIC "
+    "1.9 and not 8 times on two nodes; the paper sees less and names batched sends, which NCCL serves worse than its "
     "AllToAll. The model knows links, not kernels that send",
 }
