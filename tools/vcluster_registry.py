@@ -119,12 +119,20 @@ def claim(name: str | None, topology: Topology, settings: Settings) -> Cluster:
     clusters()  # clear garbage, which may hold the name
     for candidate in [name] if name is not None else (f"c{number}" for number in range(1, _FIRST_NAMES)):
         cluster = Cluster(candidate, topology.name, settings, Process.of(os.getpid()))
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=directory()) as partial, suppress(OSError):
-            cluster._write(Path(partial))
-            topology.save(Path(partial) / _NOMINAL)
-            os.rename(partial, cluster.directory)  # fails where there is one
-            os.mkdir(partial)  # for the context to remove
-            return cluster
+        entered = False
+        try:
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=directory()) as partial, suppress(OSError):
+                cluster._write(Path(partial))
+                topology.save(Path(partial) / _NOMINAL)
+                os.rename(partial, cluster.directory)  # fails where there is one
+                entered = True
+                os.mkdir(partial)  # for the context to remove
+            if entered:
+                return cluster
+        except BaseException:  # a signal, before anybody else could remove it
+            if entered:
+                cluster.remove()
+            raise
     raise ArgumentError(f"there is a cluster {name!r} already: 'list' shows it, 'down {name}' ends it")
 
 
