@@ -41,6 +41,7 @@ from tasp_coll.topology import ENVIRONMENT, Topology
 from tasp_coll.transport import Transport
 from tasp_coll.transport.healing import HealingTransport
 
+_AUTO = Options()  # made once: a small call has no time to make another
 _live: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
@@ -155,7 +156,8 @@ class Communicator:
         Returns the result (recv itself, if given). Raises ArgumentError if all ranks' arguments are bad,
         MismatchError on all ranks if they differ or some are bad, PeerTimeoutError if ranks do not answer.
         """
-        return self._call(AllGather, send, recv, Options(algorithm, rings), async_op)
+        options = _AUTO if algorithm is _AUTO.algorithm and rings is None else Options(algorithm, rings)
+        return self._call(AllGather, send, recv, options, async_op)
 
     def decomposed_allgatherv(
         self,
@@ -366,8 +368,8 @@ def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, 
         engine = Engine(transport, timeout)
         hosts = engine.run(bootstrap.Join(rounds, found, given, self_heal, error))
         assert found is not None
-        native = transport.name == "mpi" and healing is None
-        situation = tuning.Situation(found, given, len(set(hosts)), native)
+        native, different = transport.name == "mpi" and healing is None, len(set(hosts))
+        situation = tuning.Situation(found, given, different, native, shared=different == 1)
         core = Core(transport, found, situation, rounds, engine)
         chooser = tuning.Chooser()
         if transport.rank == 0:

@@ -65,11 +65,11 @@ class Engine:
                 self.check()
             if self._queue or self._streams:
                 return self.submit(operation).wait()
-            pause, idle, watch = self.transport.pause, 0, None
             try:
                 if operation.quick():
                     return operation.result()
-                generator = operation.run()
+                generator, idle, watch = operation.run(), 0, None
+                pause = self.transport.pause
                 while True:
                     if next(generator):
                         idle = 0

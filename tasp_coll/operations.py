@@ -172,16 +172,17 @@ class Collective:
         """A small call that was made before, without what larger ones need; unfinished, it is left to `run`."""
         if not self._small:
             return False
-        rounds, pause = self.core.rounds, self.core.transport.pause
-        rounds.post(*self._greet())
+        core = self.core
+        rounds = core.rounds
+        rounds.post(*(self._greeting or self._greet()))
         for _ in range(_QUICK_POLLS):
             if rounds.poll():
                 if not rounds.same(self.call.signature):
                     break
                 self.unpack()
-                self.core.last_choice = self.chosen
+                core.last_choice = self.chosen
                 return True
-            pause(1)
+            core.transport.pause(1)
         self._posted = True
         return False
 
@@ -277,7 +278,7 @@ class Collective:
             return choice_of(options.named, self.collective, core.size, size, options.rings)
         half = self.collective != "allgather" and self.send.dtype in _HALVES
         if self.gpu is not None:
-            situation = replace(core.situation, native=self._gpu_native())
+            situation = replace(core.situation, native=self._gpu_native(), shared=False)
             return rule(situation, self.collective, size, half, core.chooser.costs)
         chosen = core.chooser.choose(core.situation, self.collective, size, half)
         if chosen.algorithm == "native" and not core.transport.has_native(self.native()):

@@ -19,6 +19,7 @@ from tasp_coll.topology import Topology
 
 TUNED_COLLECTIVES = ("allgather", "reduce_scatter", "allreduce")
 _VERSION = 1
+_SHARED = 8  # ranks on one host up to which the direct exchange was seen to win
 _STEPWISE = 1 << 30  # bytes of a shard: so large that links decide alone
 
 
@@ -30,18 +31,21 @@ class Situation:
     given: bool  # someone named the topology; else the full mesh is only a guess
     hosts: int
     native: bool  # has the transport collectives of its own
+    shared: bool = False  # all ranks on one host, arrays in its memory
 
 
 def rule(situation: Situation, collective: str, shard_bytes: int, half: bool, costs: Costs) -> Choice:
     """The built-in rule. half: a dtype whose sums travel in float32, which only the direct exchange avoids.
 
-    On a topology that someone has described the model says what is fastest. Where nothing is known of the links, or
-    where there are none, as in shared memory, the MPI library's own collective is the one to take; small shards travel
-    with the agreement, whatever this says.
+    On a topology that someone has described the model says what is fastest. Where nothing is known of the links the
+    MPI library's own collective is the one to take. Between few ranks that share memory there are no links, and an
+    allgather is copies that can go in any order: the direct exchange never waits for another rank's step. Small shards
+    travel with the agreement, whatever this says.
     """
     topology, native = situation.topology, situation.native and not half
     if not situation.given:
-        return Choice(NATIVE) if native else direct(collective, topology.ranks)
+        free = situation.shared and collective == "allgather" and topology.ranks <= _SHARED
+        return Choice(NATIVE) if native and not free else direct(collective, topology.ranks)
     algorithms = (*ALGORITHMS, NATIVE) if native else ALGORITHMS
     return choose(Case(topology, collective, shard_bytes, algorithms, half, costs))
 

@@ -26,6 +26,7 @@ _FINALIZE_SECONDS = 2.0
 _FIRST_TAG = 1
 _SLEEP_POLLS = 5000  # some milliseconds of yielding without news
 _OPS = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
+_start_all, _test_all = MPI.Prequest.Startall, MPI.Request.Testall
 _open: set[MpiTransport] = set()  # also of communicators that were dropped: their requests are freed at exit
 _abandoned: list[Any] = []
 _peers_lost = False
@@ -134,8 +135,7 @@ class _MpiBatch:
         MPI.Prequest.Startall(fresh)
 
     def start_all(self) -> None:
-        self._active = list(self.requests)
-        MPI.Prequest.Startall(self._active)
+        _start_all(self.requests)
 
     def test_some(self) -> list[int]:
         found = MPI.Request.Testsome(self._active) if self._active else None
@@ -150,11 +150,8 @@ class _MpiBatch:
 
     def test_all(self) -> bool:
         # More ranks than cores: after a few tests the core is worth more to another rank.
-        active, test = self._active, MPI.Request.Testall
-        done = test(active) or test(active) or test(active)
-        if done:
-            self._active, self._numbers = [], []
-        return done
+        requests = self.requests
+        return _test_all(requests) or _test_all(requests) or _test_all(requests)
 
     def pending(self) -> list[int]:
         return [index for index, request in enumerate(self.requests) if not request.Get_status()]
