@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import perf_plot
 from attention.forecast import overlapped
+from tasp_coll.files import writing
 
 _COLUMNS = (
     ("ccr", 7),
@@ -111,7 +112,8 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 import perf_plot
 from model_check_cases import CASES, CheckCase
 from perf_report import write_json
+from tasp_coll.files import writing
 
 TOOL = "model_check"
 MEDIAN, WORST = 0.05, 0.15
@@ -118,7 +119,8 @@ def draw(path: Path, checks: Sequence[Check]) -> None:
     axes.set(title="cost model against virtual clusters", xlabel="measured (ms)", ylabel="predicted (ms)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6, ncols=2)
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,6 +45,7 @@ from paper_figures import (
 )
 from perf_report import write_json
 from tasp_coll import Topology, plan
+from tasp_coll.files import writing
 from tasp_coll.simulate import predict
 
 TOOL = "paper_tables"
@@ -201,7 +202,8 @@ def draw(path: Path, rows: Sequence[Compared]) -> None:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set(xlabel="times as fast as ring attention")
     axes.legend()
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

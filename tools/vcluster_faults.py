@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tasp_coll import ArgumentError
+from tasp_coll.files import writing
 from tasp_coll.links import Node
 from vcluster_registry import Cluster
 from vcluster_room import MissingError, Room, RoomError
@@ -135,6 +135,5 @@ def _read(cluster: Cluster, port: Port) -> Condition:
 def _note(cluster: Cluster, port: Port, condition: Condition) -> None:
     path = _file(cluster, port)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(condition)), encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path) as partial:
+        partial.write_text(json.dumps(asdict(condition)), encoding="utf-8")
