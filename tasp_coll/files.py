@@ -17,11 +17,14 @@ LARGEST = 1 << 30  # bytes of a file that is read at once
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """All of a regular file; else OSError, or ValueError: a pipe would be waited for, a device has no end."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    with open(os.open(path, flags), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("must be a regular file, not a directory, a pipe or a device")
-        held = file.read(LARGEST + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            held = file.read(LARGEST + 1)
+    finally:
+        os.close(descriptor)
     if len(held) > LARGEST:
         raise ValueError(f"must have {LARGEST} bytes at most")
     return held

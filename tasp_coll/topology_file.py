@@ -17,7 +17,7 @@ from tasp_coll.topology import Topology
 def read(path: Path) -> Topology:
     """The topology in a file; TopologyError names the file and the entry at fault."""
     try:
-        return _from_json(read_json(path), path.stem)
+        return _from_json(read_json(path), path.stem if path.stem.isprintable() else ascii(path.stem))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: TopologyError, and bad JSON
         raise TopologyError(f"topology file {str(path)!r}: {error}") from error
 

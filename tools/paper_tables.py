@@ -206,14 +206,19 @@ def draw(path: Path, rows: Sequence[Compared]) -> None:
         drawing.savefig(partial, dpi=120)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog=f"{TOOL}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-J", "--json", type=Path, metavar="PATH", help="write all of it")
-    parser.add_argument("--plot", type=perf_plot.picture, metavar="PATH", help="draw it (.png, .pdf, .svg)")
-    asked = parser.parse_args(argv)
+    command.add_argument("-J", "--json", type=Path, metavar="PATH", help="write all of it")
+    command.add_argument("--plot", type=perf_plot.picture, metavar="PATH", help="draw it (.png, .pdf, .svg)")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status. Wrong usage leaves by SystemExit(2)."""
+    asked = parser().parse_args(argv)
     parameters = fit()
     rows = compared(parameters)
     print("\n".join(table(rows, parameters)))

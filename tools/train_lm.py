@@ -14,7 +14,7 @@ import perf_plot
 import tasp_coll
 import train_lm_checkpoint
 from perf_collective import Unsupported
-from perf_launch import communicator, launch
+from perf_launch import can_write, communicator, launch
 from tasp_coll.bootstrap import launched_ranks
 from train_lm_options import Options, parse
 from train_lm_report import TOOL, Report, Step
@@ -153,7 +153,7 @@ def _check(world: MPI.Intracomm, options: Options) -> None:
     if world.size == 1 and launched is not None and launched > 1:
         raise Unsupported(f"{launched} ranks were started by an mpiexec of another MPI than mpi4py's: {_PACKAGES}")
     error = ""
-    if options.resume is not None and not (options.resume / train_lm_checkpoint.TRAINING).is_file():
+    if options.resume is not None and not os.path.isfile(options.resume / train_lm_checkpoint.TRAINING):
         name = train_lm_checkpoint.TRAINING
         error = f"--resume must be a checkpoint of --save, with {name}, got {str(options.resume)!r}"
     for flag, path in (("--json", options.json), ("--plot", options.plot), ("--save", options.save)):
@@ -180,7 +180,7 @@ def _imports(world: MPI.Intracomm) -> None:
 
 
 def _writable(path: Path, is_file: bool) -> bool:
-    return os.access(path.absolute().parent, os.W_OK) and not (path.is_dir() if is_file else path.is_file())
+    return can_write(path) if is_file else os.access(path.absolute().parent, os.W_OK) and not os.path.isfile(path)
 
 
 def _agree(world: MPI.Intracomm, error: str) -> None:

@@ -148,7 +148,7 @@ def _header(path: Path) -> tuple[dict[str, tuple[list[int], str]], dict[str, str
     """Shape and dtype of each tensor, and what the file says of itself."""
     from safetensors import safe_open
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path.name}")
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict

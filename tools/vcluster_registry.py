@@ -31,6 +31,10 @@ class Process:
     pid: int
     started: int
 
+    def __post_init__(self) -> None:
+        if not all(type(number) is int and number > 0 for number in (self.pid, self.started)):
+            raise ArgumentError(f"a process has a number and a time of start, got {self.pid!r} and {self.started!r}")
+
     @staticmethod
     def of(pid: int) -> Process | None:
         """The process of this number, if it is alive."""
@@ -165,5 +169,7 @@ def find(name: str | None) -> Cluster:
 
 def _read(path: Path) -> Cluster:
     value = read_json(path)
+    if value["name"] != path.parent.name:  # of which the directory is removed in the end
+        raise ValueError(f"{path} is of another cluster, {value['name']!r}")
     owner, room = (Process(**value[key]) if value[key] else None for key in ("owner", "room"))
     return Cluster(**{**value, "settings": Settings(**value["settings"]), "owner": owner, "room": room})
