@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import operator
 import os
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -308,7 +309,10 @@ class Communicator:
         path = tuning.cache_file(self._core.situation, self.transport)
         _spread(self._core, chooser)
         if self.rank == 0:
-            tuning.write(path, chooser)
+            try:
+                tuning.write(path, chooser)
+            except OSError as error:  # all ranks have the table
+                warnings.warn(f"the tuned table cannot be kept for other runs: {error}", stacklevel=2)
         found: dict[str, list[tuple[int, str]]] = {}
         for collective, size, choice in self._core.chooser.table:
             found.setdefault(collective, []).append((size, choice.algorithm))

@@ -18,7 +18,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 # The rooms in the order in which data flows through them. A module imports from its own room, as listed from left
 # to right, and from rooms above. A new module needs a place here.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "errors": ("errors",),
+    "errors": ("errors", "files"),
     "topology": ("links", "grids", "nodes", "cutbound", "topology", "presets", "topology_file", "discovery"),
     "decomposition": (
         *(

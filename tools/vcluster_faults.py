@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tasp_coll import ArgumentError
+from tasp_coll.files import read_json, writing
 from tasp_coll.links import Node
 from vcluster_registry import Cluster
 from vcluster_room import MissingError, Room, RoomError
 from vcluster_wiring import Port, Wiring
 
 _DIRECTORY = "faults"
+MOST_DELAY_MS, MOST_SLOWER = 1e6, 1e9
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Condition:
     slower: float = 1.0
     lossy: float = 0.0
     delayed_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("slower", 1, MOST_SLOWER), ("lossy", 0, 1), ("delayed_ms", 0, MOST_DELAY_MS)):
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ArgumentError(f"{name} must be in {low:g}..{high:g}, got {value!r}")
 
     def __str__(self) -> str:
         told = [
@@ -43,13 +49,15 @@ class Condition:
             return replace(self, down=True)
         amount = amount or 0.0
         if fault == "slower":
-            if amount < 1:
-                raise ArgumentError(f"slower takes a factor >= 1, got {amount:g}")
+            if not 1 <= amount <= MOST_SLOWER:
+                raise ArgumentError(f"slower takes a factor in 1..{MOST_SLOWER:g}, got {amount:g}")
             return replace(self, slower=amount)
         if fault == "lossy":
             if amount > 100:
                 raise ArgumentError(f"lossy takes a percentage in 0..100, got {amount:g}")
             return replace(self, lossy=amount / 100)
+        if amount > MOST_DELAY_MS:
+            raise ArgumentError(f"delayed takes milliseconds in 0..{MOST_DELAY_MS:g}, got {amount:g}")
         return replace(self, delayed_ms=amount)
 
 
@@ -127,14 +135,21 @@ def _file(cluster: Cluster, port: Port) -> Path:
 
 def _read(cluster: Cluster, port: Port) -> Condition:
     try:
-        return Condition(**json.loads(_file(cluster, port).read_text(encoding="utf-8")))
+        return read_condition(_file(cluster, port))
     except FileNotFoundError:
         return Condition()
+
+
+def read_condition(path: Path) -> Condition:
+    """What was noted in a file; ArgumentError for what cannot have been."""
+    try:
+        return Condition(**read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"{path}: {error}: take the cluster down") from error
 
 
 def _note(cluster: Cluster, port: Port, condition: Condition) -> None:
     path = _file(cluster, port)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(condition)), encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path) as partial:
+        partial.write_text(json.dumps(asdict(condition)), encoding="utf-8")
