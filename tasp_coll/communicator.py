@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasp_coll import bootstrap, tuning
+from tasp_coll import bootstrap, checksums, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
 from tasp_coll.core import Core
@@ -347,6 +347,11 @@ def _plain(counts: Any) -> Any:
 
 def _join(transport: Transport, topology: Any, timeout: float, error: CollectiveError | None) -> Core:
     """The first agreement, and rank 0's tuned table and costs for all."""
+    with_checksums = False
+    try:
+        with_checksums = checksums.wanted()
+    except ArgumentError as bad:
+        error = error or bad
     given = topology is not None or bool(os.environ.get(ENVIRONMENT))
     found: Topology | None = None
     try:
@@ -355,11 +360,12 @@ def _join(transport: Transport, topology: Any, timeout: float, error: Collective
         error = error or bad
     rounds = Rounds(transport)
     engine = Engine(transport, timeout)
-    hosts = engine.run(bootstrap.Join(rounds, found, given, error))
+    hosts = engine.run(bootstrap.Join(rounds, found, given, error, with_checksums))
     assert found is not None
-    native = transport.name == "mpi"
+    native = transport.name == "mpi" and not with_checksums
     situation = tuning.Situation(found, given, len(set(hosts)), native)
     core = Core(transport, found, situation, rounds, engine)
+    core.checksums = with_checksums
     chooser = tuning.Chooser()
     if transport.rank == 0:
         measured = tuning.read(tuning.cache_file(situation, transport.name), found)

@@ -18,7 +18,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 # The rooms in the order in which data flows through them. A module imports from its own room, as listed from left
 # to right, and from rooms above. A new module needs a place here.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "errors": ("errors",),
+    "errors": ("errors", "forks"),
     "topology": ("links", "grids", "nodes", "cutbound", "topology", "presets", "topology_file", "discovery"),
     "decomposition": (
         *(
@@ -46,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "arrays": ("frameworks", "arrays", "reduction"),
     "transport": ("transport", "transport.loopback", "transport.mpi", "transport.torch"),
-    "executor": ("executor", "launches", "programs", "slabs", "reduce_programs", "transport.nccl"),
+    "executor": ("executor", "checksums", "launches", "programs", "slabs", "reduce_programs", "transport.nccl"),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "device", "core"),
@@ -68,6 +68,7 @@ BACKWARDS = {
 # Narrower than the order: all that these may know of the package.
 ONLY: dict[str, set[str]] = {
     "errors": set(),
+    "forks": {"errors"},
     "grids": set(),
     "nodes": {"links"},
     "cutbound": {"grids", "nodes"},
@@ -78,8 +79,8 @@ ONLY: dict[str, set[str]] = {
     "arrays": {"errors", "frameworks"},
     "transport": set(),
     "transport.loopback": {"errors", "transport"},
-    "transport.mpi": {"errors", "transport"},
-    "transport.torch": {"errors", "transport"},
+    "transport.mpi": {"errors", "forks", "transport"},
+    "transport.torch": {"errors", "forks", "transport"},
     "transport.nccl": {"errors", "executor", "launches"},
     "executor": {"transport"},
     "work": {"errors", "transport"},
