@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasp_coll import bootstrap, tuning
+from tasp_coll import bootstrap, checksums, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
 from tasp_coll.core import Core, lanes
@@ -357,6 +357,11 @@ def _plain(counts: Any) -> Any:
 
 def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, error: CollectiveError | None) -> Core:
     """The first agreement, and rank 0's tuned table and costs for all."""
+    with_checksums = False
+    try:
+        with_checksums = checksums.wanted()
+    except ArgumentError as bad:
+        error = error or bad
     given = topology is not None or bool(os.environ.get(ENVIRONMENT))
     found: Topology | None = None
     try:
@@ -368,23 +373,30 @@ def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, 
         derived = None if found is None else derived_pairs(found)
         transport = healing = HealingTransport(transport, timeout, lanes(transport.size), derived)
     try:
-        rounds = Rounds(transport)
-        engine = Engine(transport, timeout)
-        hosts = engine.run(bootstrap.Join(rounds, found, given, self_heal, error))
-        assert found is not None
-        native, different = transport.name == "mpi" and healing is None, len(set(hosts))
-        situation = tuning.Situation(found, given, different, native, shared=different == 1)
-        core = Core(transport, found, situation, rounds, engine)
-        chooser = tuning.Chooser()
-        if transport.rank == 0:
-            measured = tuning.read(tuning.cache_file(situation, transport.name), found)
-            chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
-        _spread(core, chooser)
+        core = _meet(transport, timeout, bootstrap.Wishes(found, given, self_heal, with_checksums, error))
     except CollectiveError:
         transport.close()
         raise
     if healing is not None:
-        core.healer = Healer(healing, rounds, found, core.adopt)
+        core.healer = Healer(healing, core.rounds, core.topology, core.adopt)
+    return core
+
+
+def _meet(transport: Transport, timeout: float, wishes: bootstrap.Wishes) -> Core:
+    """Agree on what all wish for."""
+    rounds, engine, found = Rounds(transport), Engine(transport, timeout), wishes.topology
+    hosts = engine.run(bootstrap.Join(rounds, wishes))
+    assert found is not None
+    native = transport.name == "mpi" and not (wishes.self_heal or wishes.checksums)
+    different = len(set(hosts))
+    situation = tuning.Situation(found, wishes.given, different, native, shared=different == 1)
+    core = Core(transport, found, situation, rounds, engine)
+    core.checksums = wishes.checksums
+    chooser = tuning.Chooser()
+    if transport.rank == 0:
+        measured = tuning.read(tuning.cache_file(situation, transport.name), found)
+        chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
+    _spread(core, chooser)
     return core
 
 

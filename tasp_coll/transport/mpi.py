@@ -17,8 +17,10 @@ import numpy as np
 from mpi4py import MPI
 
 from tasp_coll.errors import CollectiveError
+from tasp_coll.forks import Origin
 from tasp_coll.transport import Alarms, NativeRequest, Op
 
+ORIGIN = Origin("MPI")
 _ALARM_TAG = 0
 _TOLD = -1  # begins an alarm that says who is missed
 _CANCEL_SECONDS = 0.2
@@ -109,10 +111,9 @@ class MpiTransport:
         return dict(self._alarms)
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
-        """MPI cannot take back a send: keep everything, and see to it that leaving the process ends."""
-        global _peers_lost
-        self._lost, _peers_lost = True, _peers_lost or lost
-        _abandoned.extend([*keep, self, *self._batches])
+        """MPI cannot take back a send."""
+        self._lost = True
+        forsake(*keep, self, *self._batches, lost=lost)
 
     def close(self) -> None:
         _open.discard(self)
@@ -120,6 +121,18 @@ class MpiTransport:
             for batch in list(self._batches):
                 batch.free()
             self.comm.Free()
+
+
+def forsake(*keep: Any, lost: bool) -> None:
+    """Keep what is under way, and see to it that leaving the process ends. lost: peers do not answer any more."""
+    global _peers_lost
+    _peers_lost = _peers_lost or lost
+    _abandoned.extend(keep)
+
+
+def requests_alive() -> int:
+    """Requests that this process holds prepared, of all communicators that are open."""
+    return sum(len(batch.requests) for transport in list(_open) for batch in list(transport._batches))
 
 
 class _MpiBatch:
@@ -261,6 +274,7 @@ _NATIVE = {"allgather": _allgather, "reduce_scatter": _reduce_scatter, "allreduc
 @atexit.register
 def _leave() -> None:
     """At exit: free what is open, quietly; after a failure do not wait for anybody."""
+    ORIGIN.leave()
     if not MPI.Is_initialized() or MPI.Is_finalized():
         return
     if not _abandoned:
