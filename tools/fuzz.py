@@ -116,6 +116,7 @@ def fuzz(options: Options) -> dict[str, Counts]:
             counts.seconds += time.perf_counter() - start
             if isinstance(came, BaseException):
                 counts.findings.append(_finding(options, name, number, given, came))
+                print(f"{TOOL}.py: {name}: {counts.findings[-1].error[:100]}", file=sys.stderr, flush=True)
             elif came:
                 counts.taken += 1
             else:
