@@ -165,11 +165,10 @@ OPENED = {
 
 def test_what_a_shell_is_given_is_fixed() -> None:
     """After "sh", "-c" comes a constant, or a name that is one, or a number alone: never what somebody typed."""
-    for path, node in ((path, node) for path in SOURCES for node in nodes(path)):
-        if not isinstance(node, (ast.List, ast.Tuple)):
-            continue
-        items = [ast.unparse(item) for item in node.elts]
+    lists = [(path, node) for path in SOURCES for node in nodes(path) if isinstance(node, (ast.List, ast.Tuple))]
+    for source, listed in lists:
+        items = [ast.unparse(item) for item in listed.elts]
         for shell, flag, script in zip(items, items[1:], items[2:], strict=False):
             if shell.strip("'").rpartition("/")[2] in ("sh", "bash") and flag == "'-c'":
                 fixed = script.startswith(("'", '"')) or script.isupper() or script == "f'kill -{int(number)} -1'"
-                assert fixed, f"{path.name}: {script}"
+                assert fixed, f"{source.name}: {script}"

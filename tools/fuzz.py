@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -101,9 +101,8 @@ def numbers(options: Options) -> list[tuple[str, int]]:
     return [(name, number) for _, name, number in sorted(told)[:count]]
 
 
-def fuzz(options: Options) -> dict[str, Counts]:
-    """Try all inputs; the counts by parser."""
-    found = {name: Counts() for name in options.parsers}
+def fuzz(options: Options, found: dict[str, Counts]) -> None:
+    """Try all inputs; the counts go to their parsers'."""
     begun = time.monotonic()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="tasp-coll-fuzz-", dir=memory) as folder:
@@ -121,7 +120,6 @@ def fuzz(options: Options) -> dict[str, Counts]:
                 counts.taken += 1
             else:
                 counts.refused += 1
-    return found
 
 
 def _finding(options: Options, name: str, number: int, given: Any, error: BaseException) -> Finding:
@@ -163,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import fuzz_parsers  # noqa: F401  before memory is limited
 
     _limit_memory(options.room)
-    found = fuzz(options)
+    found = {name: Counts() for name in options.parsers}
+    with suppress(KeyboardInterrupt):  # tells what was seen
+        fuzz(options, found)
     report(found)
     if options.json is not None:
         told = {"tool": TOOL, "version": tasp_coll.__version__, "seed": options.seed}
