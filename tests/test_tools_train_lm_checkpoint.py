@@ -39,7 +39,7 @@ def test_what_was_saved_is_loaded(saved: Path) -> None:
 
 def grown(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "hidden_size": 1 << 30}))
+    (path / "config.json").write_text(json.dumps({**config, "intermediate_size": 1 << 30}))
 
 
 def pickled(path: Path) -> None:

@@ -81,11 +81,15 @@ def tried(name: str, given: Any, folder: Path, limit: float) -> bool | BaseExcep
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
+    """HangError after so many seconds of computing, or ten times as many of waiting: the machine may be busy."""
+    begun, used = time.monotonic(), time.process_time()
+
     def stop(number: int, frame: FrameType | None) -> None:
-        raise HangError(f"more than {seconds:g} s")
+        if time.process_time() - used >= 0.9 * seconds or time.monotonic() - begun >= 10 * seconds:
+            raise HangError(f"more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
