@@ -26,6 +26,7 @@ from perf_collective import Unsupported
 from perf_launch import communicator, library
 from perf_report import write_json
 from tasp_coll.bootstrap import connect, timeout_seconds
+from tasp_coll.files import writing
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -183,7 +184,8 @@ class _Report:
                 options.plot, f"{options.seq_len} tokens, {kind}, {comm.size} ranks, {comm.topology.name}", results
             )
         if options.trace is not None and trace is not None:
-            write_chrome_trace(options.trace, trace)
+            with writing(options.trace) as partial:
+                write_chrome_trace(partial, trace)
 
     def _show_progress(self) -> None:
         """A bar for what takes long, on a terminal, if tqdm is there."""
