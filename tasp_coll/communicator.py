@@ -66,7 +66,9 @@ class Communicator:
         be had. The same on all ranks.
 
     Raises MismatchError on every rank if ranks were given different topologies or one could not read its own.
-    A communicator may be used from several threads; its calls are carried out one after another.
+    A communicator may be used from several threads; its calls are carried out one after another. It belongs to the
+    process that made it: in a forked one every call raises CollectiveError. With TASP_COLL_CHECKSUM=1 in the
+    environment of all ranks every message of data carries a checksum: CorruptionError names the link and the step.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from typing import Any
 from tasp_coll import arrays, checksums
 from tasp_coll.arrivals import Arrival, Chunk, Views
 from tasp_coll.core import Compiled, Core
-from tasp_coll.errors import ArgumentError
+from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.executor import Flow
 from tasp_coll.layouts import Layout, Rows
 from tasp_coll.openings import OpenGather, Opening, OpenReduce
@@ -72,7 +72,12 @@ class _Driver:
             raise self.error
 
     def check(self) -> None:
-        """CorruptionError for what has come, after the rest has come as well: all messages are at home then."""
+        """Raise where what has come is not to be trusted: the communicator has failed, or a checksum says so.
+
+        CorruptionError comes after the rest has come as well: all messages are at home then.
+        """
+        if self.core.engine.broken:
+            raise self.error or CollectiveError(self.core.engine.broken)
         faults = self.flow.exchange.faults
         if faults:
             first = checksums.encode(faults).decode()
