@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasp_coll.agreement import Header, Rounds, disagreement
-from tasp_coll.core import SLOTS, max_rings
+from tasp_coll.core import lanes
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
@@ -63,7 +63,7 @@ def _mpi_transport(group: Any, timeout: float) -> Transport:
             f"library that mpi4py loads ({MPI.Get_library_version().split(chr(10))[0].strip()}); start them with that "
             "library's mpiexec, or pass group=MPI.COMM_SELF if worlds of one are meant"
         )
-    return MpiTransport(_duplicate(comm, timeout), (max_rings(comm.size) + 1) * SLOTS)
+    return MpiTransport(_duplicate(comm, timeout), lanes(comm.size) + 1)
 
 
 def launched_by_torchrun() -> bool:
@@ -179,6 +179,7 @@ class Join(_Round):
 
     topology: Topology | None
     given: bool
+    self_heal: bool
     error: CollectiveError | None
 
     def run(self) -> Generator[bool, None, tuple[str, ...]]:
@@ -191,6 +192,7 @@ class Join(_Round):
         else:
             said["topology"] = f"{self.topology.name[:80]} ({self.topology.fingerprint})"
             said["given"] = self.given
+            said["self_heal"] = self.self_heal
         said["version"] = __version__
         host = socket.gethostname()[:80]
         texts = yield from exchange_texts(self.rounds, json.dumps({**said, "host": host}))

@@ -24,11 +24,12 @@ from typing import Any
 from tasp_coll import bootstrap, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
-from tasp_coll.core import Core
+from tasp_coll.core import Core, lanes
 from tasp_coll.device import stream_handle
 from tasp_coll.engine import Engine, abandon_busy
 from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.forecast import Case, seconds_of
+from tasp_coll.healing import Healer, derived_pairs
 from tasp_coll.links import is_integer
 from tasp_coll.openings import ACCUMULATE, REVERSE
 from tasp_coll.operations import Collective
@@ -38,6 +39,7 @@ from tasp_coll.simulate import software_costs
 from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce
 from tasp_coll.topology import ENVIRONMENT, Topology
 from tasp_coll.transport import Transport
+from tasp_coll.transport.healing import HealingTransport
 
 _live: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
@@ -53,7 +55,13 @@ class Communicator:
     timeout: seconds without progress after which a wait ends; None: TASP_COLL_TIMEOUT, else 600.
     stream: the CUDA stream for arrays on a GPU: CuPy's, torch's or a handle; None: the current one of each call's
         framework.
-    self_heal: re-planning around dead links, which this version does not do; must be False.
+    self_heal: calls on arrays in host memory outlive dead links. A link on which a peer is silent for half the timeout
+        though it answers through others is given up: what it owed goes through other ranks, the call ends with the
+        right result, and later ones are planned without it. A link that delivers less than 0.4 of what is usual twice
+        in a row gets that rate. `topology` then tells what is left, and a LinkWarning what happened. It costs each
+        call a closing agreement, a copy of every message on either side, acknowledgements, and a thread that answers
+        while the program computes; a message must cross its link within a third of the timeout; "native" is not to
+        be had. The same on all ranks.
 
     Raises MismatchError on every rank if ranks were given different topologies or one could not read its own.
     A communicator may be used from several threads; its calls are carried out one after another.
@@ -79,13 +87,9 @@ class Communicator:
             handle = stream_handle(stream)
         except ArgumentError as bad:
             error = error or bad
-        if self_heal:
-            error = error or ArgumentError(f"self_heal must be False in this version, got {self_heal!r}")
-        try:
-            self._core = _join(transport, topology, seconds, error)
-        except CollectiveError:
-            transport.close()
-            raise
+        if self_heal not in (True, False):
+            error = error or ArgumentError(f"self_heal must be True or False, got {self_heal!r}")
+        self._core = _join(transport, topology, seconds, self_heal is True, error)
         self._core.stream = handle
         _register(self)
 
@@ -345,7 +349,7 @@ def _plain(counts: Any) -> Any:
         return counts
 
 
-def _join(transport: Transport, topology: Any, timeout: float, error: CollectiveError | None) -> Core:
+def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, error: CollectiveError | None) -> Core:
     """The first agreement, and rank 0's tuned table and costs for all."""
     given = topology is not None or bool(os.environ.get(ENVIRONMENT))
     found: Topology | None = None
@@ -353,18 +357,28 @@ def _join(transport: Transport, topology: Any, timeout: float, error: Collective
         found = Topology.resolve(topology, transport.size)
     except CollectiveError as bad:
         error = error or bad
-    rounds = Rounds(transport)
-    engine = Engine(transport, timeout)
-    hosts = engine.run(bootstrap.Join(rounds, found, given, error))
-    assert found is not None
-    native = transport.name == "mpi"
-    situation = tuning.Situation(found, given, len(set(hosts)), native)
-    core = Core(transport, found, situation, rounds, engine)
-    chooser = tuning.Chooser()
-    if transport.rank == 0:
-        measured = tuning.read(tuning.cache_file(situation, transport.name), found)
-        chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
-    _spread(core, chooser)
+    healing: HealingTransport | None = None
+    if self_heal and transport.size > 1:
+        derived = None if found is None else derived_pairs(found)
+        transport = healing = HealingTransport(transport, timeout, lanes(transport.size), derived)
+    try:
+        rounds = Rounds(transport)
+        engine = Engine(transport, timeout)
+        hosts = engine.run(bootstrap.Join(rounds, found, given, self_heal, error))
+        assert found is not None
+        native = transport.name == "mpi" and healing is None
+        situation = tuning.Situation(found, given, len(set(hosts)), native)
+        core = Core(transport, found, situation, rounds, engine)
+        chooser = tuning.Chooser()
+        if transport.rank == 0:
+            measured = tuning.read(tuning.cache_file(situation, transport.name), found)
+            chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
+        _spread(core, chooser)
+    except CollectiveError:
+        transport.close()
+        raise
+    if healing is not None:
+        core.healer = Healer(healing, rounds, found, core.adopt)
     return core
 
 

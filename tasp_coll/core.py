@@ -6,7 +6,8 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,11 +24,19 @@ from tasp_coll.transport import Transport
 from tasp_coll.transport.nccl import load
 from tasp_coll.tuning import Chooser, Situation
 
+if TYPE_CHECKING:
+    from tasp_coll.healing import Healer
+
 SLOTS = 8  # lanes are numbered lane * SLOTS + slot: slot 0 for calls, the others for streams of steps
 _PLANS = 64
 _ADDRESSES = 8
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+
+def lanes(ranks: int) -> int:
+    """How many lanes a communicator of so many ranks uses: one more than this is free for its links."""
+    return (max_rings(ranks) + 1) * SLOTS
 
 
 def max_rings(ranks: int) -> int:
@@ -147,6 +156,16 @@ class Core:
         self.stream: int | None = None  # that the user wants for arrays on a GPU
         self._gpu: tuple[Device, Guard] | None = None
         self.last_choice: Choice | None = None
+        self.healer: Healer | None = None
+
+    def adopt(self, topology: Topology) -> None:
+        """Plan for another topology from now on."""
+        self.topology = topology
+        self.situation = replace(self.situation, topology=topology, given=True)
+        self.chooser = replace(self.chooser, table=())  # measured on the one before
+        for cache in (self.compiled, self.launches, self.calls, self._schedules):
+            cache.clear()
+        self.memos.clear()
 
     def schedule(self, collective: str, choice: Choice, reverse: bool = False) -> Schedule:
         """The proved schedule of a choice."""

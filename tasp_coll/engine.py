@@ -22,10 +22,11 @@ from tasp_coll.errors import (
     ScheduleError,
     TopologyError,
 )
-from tasp_coll.transport import Transport
+from tasp_coll.transport import Alarms, Transport
 from tasp_coll.work import CHECK_POLLS, Operation, Patience, Watch, Work
 
 _GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
+_TELL_SECONDS = 0.5  # and whom they do not hear
 # Raised before any data moved, on all ranks alike: the communicator can go on.
 _HARMLESS = (ArgumentError, MismatchError, ScheduleError, TopologyError)
 
@@ -163,24 +164,38 @@ class Engine:
         return told
 
     def timed_out(self, operation: Operation, waited: float) -> PeerTimeoutError:
-        """Call the roll: ranks that wait too say so within the grace time, the silent ones are to blame."""
+        """Call the roll: ranks that wait too say so within the grace time, the silent ones are to blame.
+
+        Then all tell whom they do not hear. A rank that others hear is there, and its link is to blame.
+        """
         peers, step = operation.pending()
         told = self.transport.alarms()
         self.transport.alarm()
-        everyone = set(range(self.transport.size)) - {self.transport.rank}
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while (heard := self.transport.alarms()) != everyone and time.monotonic() < deadline:
-            time.sleep(1e-3)
-        silent = sorted((everyone - heard) or peers or everyone)
+        everyone = frozenset(range(self.transport.size)) - {self.transport.rank}
+        self._hear(lambda heard: heard.keys() == everyone, _GRACE_SECONDS)
+        missing = everyone - self.transport.alarms().keys()
+        self.transport.alarm(missing)
+        heard = self._hear(lambda heard: None not in heard.values(), _TELL_SECONDS)
+        links = _dead_links({**heard, self.transport.rank: missing})
+        silent = sorted(missing or peers or everyone)
         at = f"while {operation.phase}" if step is None else f"at step {step}"
         who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         why = f"within {waited:.3g} s" if not told else f"when rank {min(told)} gave up waiting"
+        how = "".join(f"; ranks {a} and {b} do not hear each other, but others hear both: their link" for a, b in links)
         return PeerTimeoutError(
-            f"{operation.name}: no answer from {who} {why}, {at}",
+            f"{operation.name}: no answer from {who} {why}, {at}{how}",
             peers=silent,
             call=operation.name,
             step=step,
+            links=links,
         )
+
+    def _hear(self, enough: Callable[[Alarms], bool], seconds: float) -> Alarms:
+        """The alarms that come in that time."""
+        deadline = time.monotonic() + seconds
+        while not enough(heard := self.transport.alarms()) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        return heard
 
     @property
     def busy(self) -> bool:
@@ -275,6 +290,19 @@ class Engine:
         except PeerTimeoutError as error:
             self.judge(error, head.operation)
             head.fail(error)
+
+
+def _dead_links(alarms: Alarms) -> tuple[tuple[int, int], ...]:
+    """Pairs of ranks that do not hear each other though another rank hears both. A rank that is gone, all miss."""
+    misses = {rank: lost for rank, lost in alarms.items() if lost is not None}
+    pairs = {(min(a, b), max(a, b)) for a, lost in misses.items() for b in lost}
+    return tuple(
+        (a, b)
+        for a, b in sorted(pairs)
+        if b in misses.get(a, {b})
+        and a in misses.get(b, {a})
+        and any(not {a, b} & {c, *lost} for c, lost in misses.items())
+    )
 
 
 def abandon_busy(why: str) -> None:

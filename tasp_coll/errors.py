@@ -7,6 +7,8 @@ CollectiveError
 ├── ScheduleError                       a schedule that fails its proof
 ├── MismatchError                       ranks disagree about a call
 └── PeerTimeoutError (TimeoutError)     peers that did not answer in time
+
+LinkWarning (UserWarning) is no error: it tells of a link that was left out, or is reckoned with as slower.
 """
 
 from __future__ import annotations
@@ -57,8 +59,23 @@ class MismatchError(CollectiveError):
 
 
 class PeerTimeoutError(CollectiveError, TimeoutError):
-    """Peers did not answer in time. `peers` names them, `call` and `step` say what was waited for."""
+    """Peers did not answer in time. `peers` names them, `call` and `step` say what was waited for.
 
-    def __init__(self, message: str, *, peers: Iterable[int] = (), call: str = "", step: int | None = None) -> None:
-        self.peers, self.call, self.step = tuple(peers), call, step
+    links: pairs of ranks that do not hear each other though other ranks hear both, as far as that could be found out.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        peers: Iterable[int] = (),
+        call: str = "",
+        step: int | None = None,
+        links: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        self.peers, self.call, self.step, self.links = tuple(peers), call, step, tuple(links)
         super().__init__(message)
+
+
+class LinkWarning(UserWarning):
+    """A link was left out, or is reckoned with as slower: see `Communicator(self_heal=True)`. Not an error."""

@@ -83,6 +83,7 @@ class Opening(Collective):
         if not free:
             raise ArgumentError(f"{self.name}: {SLOTS - 1} streams of steps are open already, close one first")
         self.slot = (free & -free).bit_length() - 1
+        yield from self.settle()
         self.chosen = self._choose()
         compiled = yield from self._compiled()
         self.core.streams.add(self.slot)

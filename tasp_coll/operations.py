@@ -27,7 +27,7 @@ _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
 _READY = b"ready".ljust(16)
-_AGREEING, _MOVING = "agreeing on the call", "moving data"
+_AGREEING, _MOVING, _CLOSING = "agreeing on the call", "moving data", "closing the call"
 _QUICK_POLLS = 32
 Steps = Generator[bool, None, Any]
 V = TypeVar("V")
@@ -193,7 +193,7 @@ class Collective:
         elif self.inline():
             self.unpack()
             self.chosen = self.chosen or direct(self.collective, self.core.size)
-            self._small = self.repeatable
+            self._small = self.repeatable and self.core.healer is None
         else:
             self.chosen = self.chosen or self._choose()
             if self.chosen is not None and self.chosen.algorithm == "native":
@@ -202,7 +202,14 @@ class Collective:
                 compiled = yield from self._compiled()
                 yield from self._run_programs(compiled)
         self.core.last_choice = self.chosen
+        yield from self.settle()
         return self.result()
+
+    def settle(self) -> Steps:
+        """Where links heal: agree on what was seen of them. No rank leaves before all have what they came for."""
+        if self.core.healer is not None:
+            self.phase = _CLOSING
+            yield from self.core.healer.settle()
 
     def result(self) -> Any:
         """What the caller gets back."""

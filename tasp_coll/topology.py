@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
@@ -116,6 +116,18 @@ class Topology:
             raise TopologyError(f"topology {self.name!r} has no link between {a!r} and {b!r}")
         links = tuple(link for link in self.links if {link.source, link.target} != {a, b})
         return Topology(f"{self.name} without {a}-{b}", self.ranks, self.switches, links)
+
+    def with_rates(self, rates: Mapping[tuple[Node, Node], float]) -> Topology:
+        """This topology with other rates, in GB/s, of the directed links (source, target) named.
+
+        TopologyError if there is no such link, or for a rate that is none.
+        """
+        for ends in rates:
+            if self.link(*ends) is None:
+                raise TopologyError(f"topology {self.name!r} has no link from {ends[0]!r} to {ends[1]!r}")
+        links = (replace(link, GBps=rates.get((link.source, link.target), link.GBps)) for link in self.links)
+        told = ", ".join(f"{a}>{b} at {rate:.3g} GB/s" for (a, b), rate in rates.items())
+        return Topology(f"{self.name} with {told}" if told else self.name, self.ranks, self.switches, tuple(links))
 
     def allgather_bound(self, shard_bytes: float) -> float:
         """The cut bound: seconds that an all-gather of `shard_bytes` bytes per rank takes at least."""

@@ -487,7 +487,7 @@ def made(options: Callable[[int], dict[str, Any]]) -> list[BaseException | None]
         ({"timeout": -1}, "rank 2: ArgumentError: timeout must be a number of seconds > 0, got -1"),
         ({"timeout": "soon"}, "timeout must be a number of seconds > 0, got 'soon'"),
         ({"stream": object()}, "stream must be a CUDA stream"),
-        ({"self_heal": True}, "self_heal must be False"),
+        ({"self_heal": 2}, "self_heal must be True or False"),
     ],
 )
 def test_ranks_make_different_communicators(odd: dict[str, Any], says: str) -> None:

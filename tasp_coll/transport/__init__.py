@@ -7,8 +7,10 @@ started; lanes do not disturb each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
+
+Alarms = dict[int, frozenset[int] | None]  # by peer: whom it does not hear; None: it has not told yet
 
 
 class Op(NamedTuple):
@@ -43,6 +45,19 @@ class Batch(Protocol):
         """Give back what the transport holds for this batch. Only when nothing is started."""
 
 
+class Pool(Protocol):
+    """Single messages, numbered as they were started, each started once and all polled together."""
+
+    def start(self, op: Op) -> int:
+        """Start a message; its number. Its memory belongs to the transport until it completes."""
+
+    def test(self) -> list[int]:
+        """Make progress; the messages that completed since the last call."""
+
+    def close(self) -> bool:
+        """Take back what has not come; whether nothing is left that may still touch memory."""
+
+
 class NativeCall(Protocol):
     """A collective of the underlying library under way."""
 
@@ -73,6 +88,9 @@ class Transport(Protocol):
     def prepare(self, ops: Sequence[Op]) -> Batch:
         """Prepare operations for repeated use."""
 
+    def pool(self) -> Pool:
+        """Messages that are started one by one."""
+
     def pause(self, idle: int) -> None:
         """Called after the `idle`-th poll in a row without progress: let others use the core."""
 
@@ -82,11 +100,11 @@ class Transport(Protocol):
     def native(self, request: NativeRequest) -> NativeCall:
         """Start the library's own collective."""
 
-    def alarm(self) -> None:
-        """Tell every peer that this rank waited too long. Never blocks."""
+    def alarm(self, missing: Collection[int] | None = None) -> None:
+        """Tell every peer that this rank waited too long; then, once it is known, whom it misses. Never blocks."""
 
-    def alarms(self) -> set[int]:
-        """Peers whose alarm has come."""
+    def alarms(self) -> Alarms:
+        """The alarms that have come."""
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
         """Give up after a failure: `keep` and all memory in use stay alive, and leaving the process will not block.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tasp_coll.errors import CollectiveError
-from tasp_coll.transport import NativeCall, NativeRequest, Op
+from tasp_coll.transport import Alarms, NativeCall, NativeRequest, Op, Pool
+from tasp_coll.transport.pool import BatchPool
 
 T = TypeVar("T")
 
@@ -32,10 +33,35 @@ class LoopbackWorld:
     def __init__(self, size: int) -> None:
         self.size = size
         self.changed = threading.Condition()
-        self.lanes: dict[tuple[int, ...], _Lane] = defaultdict(_Lane)
+        self.lanes: dict[tuple[int, int, int, int], _Lane] = defaultdict(_Lane)
+        self._cuts: set[frozenset[int]] = set()
         self.kept: list[Any] = []  # what was in use when ranks gave up
-        self.raised: dict[tuple[int, int], set[int]] = defaultdict(set)
+        self.raised: dict[tuple[int, int], Alarms] = defaultdict(dict)
         self.transports = tuple(LoopbackTransport(self, rank) for rank in range(size))
+
+    def cut(self, a: int, b: int) -> None:
+        """Cut the link between two ranks: what either sends waits."""
+        with self.changed:
+            self._cuts.add(frozenset((a, b)))
+
+    def mend(self, a: int, b: int) -> None:
+        """The link is as new; what waited arrives."""
+        with self.changed:
+            self._cuts.discard(frozenset((a, b)))
+            for (_, source, target, _), lane in list(self.lanes.items()):
+                self.match(lane, source, target)
+            self.changed.notify_all()
+
+    def match(self, lane: _Lane, source: int, target: int) -> None:
+        """Carry what has a sender and a receiver. The lock is held."""
+        while lane.sends and lane.receives and frozenset((source, target)) not in self._cuts:
+            (sender, i), (receiver, j) = lane.sends.popleft(), lane.receives.popleft()
+            sent, expected = sender.ops[i], receiver.ops[j]
+            if sent.nbytes > expected.nbytes:
+                raise CollectiveError(f"{sent.nbytes} bytes came for a receive of {expected.nbytes}")
+            ctypes.memmove(expected.address, sent.address, sent.nbytes)
+            sender.end(i)
+            receiver.end(j)
 
     def run(self, body: Callable[[LoopbackTransport], T]) -> list[T]:
         """body(transport) on every rank at once, each in a thread; the results by rank.
@@ -65,6 +91,9 @@ class LoopbackTransport:
     def prepare(self, ops: Sequence[Op]) -> _LoopbackBatch:
         return _LoopbackBatch(self, tuple(ops))
 
+    def pool(self) -> Pool:
+        return BatchPool(self.prepare)
+
     def pause(self, idle: int) -> None:
         with self.world.changed:
             self.world.changed.wait(min(idle * 1e-4, 2e-3))
@@ -75,15 +104,17 @@ class LoopbackTransport:
     def native(self, request: NativeRequest) -> NativeCall:
         raise CollectiveError("the loopback transport has no collectives of its own")
 
-    def alarm(self) -> None:
+    def alarm(self, missing: Collection[int] | None = None) -> None:
+        told = None if missing is None else frozenset(missing)
         with self.world.changed:
             for rank in range(self.size):
                 if rank != self.rank:
-                    self.world.raised[rank, self.number].add(self.rank)
+                    self.world.raised[rank, self.number][self.rank] = told
             self.world.changed.notify_all()
 
-    def alarms(self) -> set[int]:
-        return set(self.world.raised[self.rank, self.number])
+    def alarms(self) -> Alarms:
+        with self.world.changed:
+            return dict(self.world.raised[self.rank, self.number])
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
         """Withdraw this rank's open messages, so that no peer writes to memory that its caller has back."""
@@ -118,17 +149,14 @@ class _LoopbackBatch:
 
     def _post(self, world: LoopbackWorld, index: int) -> None:
         op, me = self.ops[index], self.transport.rank
-        number = self.transport.number
-        lane = world.lanes[(number, me, op.peer, op.lane) if op.send else (number, op.peer, me, op.lane)]
+        source, target = (me, op.peer) if op.send else (op.peer, me)
+        lane = world.lanes[self.transport.number, source, target, op.lane]
         (lane.sends if op.send else lane.receives).append((self, index))
-        while lane.sends and lane.receives:
-            (sender, i), (receiver, j) = lane.sends.popleft(), lane.receives.popleft()
-            source, target = sender.ops[i], receiver.ops[j]
-            if source.nbytes > target.nbytes:
-                raise CollectiveError(f"{source.nbytes} bytes came for a receive of {target.nbytes}")
-            ctypes.memmove(target.address, source.address, source.nbytes)
-            sender._done.append(i)
-            receiver._done.append(j)
+        world.match(lane, source, target)
+
+    def end(self, index: int) -> None:
+        """A message is complete. The lock is held."""
+        self._done.append(index)
 
     def test_some(self) -> list[int]:
         with self.transport.world.changed:

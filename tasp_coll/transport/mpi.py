@@ -10,16 +10,18 @@ import faulthandler
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from tasp_coll.errors import CollectiveError
-from tasp_coll.transport import NativeRequest, Op
+from tasp_coll.transport import Alarms, NativeRequest, Op
 
 _ALARM_TAG = 0
+_TOLD = -1  # begins an alarm that says who is missed
+_CANCEL_SECONDS = 0.2
 _FINALIZE_SECONDS = 2.0
 _FIRST_TAG = 1
 _SLEEP_POLLS = 5000  # some milliseconds of yielding without news
@@ -46,7 +48,7 @@ class MpiTransport:
             raise CollectiveError(f"this MPI has tags up to {highest}, {lanes + _FIRST_TAG} are needed")
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.background = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
-        self._alarms: set[int] = set()
+        self._alarms: Alarms = {}
         self._lost = False
         self._batches: set[_MpiBatch] = set()
         _open.add(self)
@@ -57,9 +59,15 @@ class MpiTransport:
         return batch
 
     def _request(self, op: Op) -> MPI.Prequest:
+        return self._begin(op, self.comm.Send_init if op.send else self.comm.Recv_init)
+
+    def single(self, op: Op) -> MPI.Request:
+        """Start one message."""
+        return self._begin(op, self.comm.Isend if op.send else self.comm.Irecv)
+
+    def _begin(self, op: Op, make: Callable[..., Any]) -> Any:
         # A buffer by address keeps nothing alive: a cached request must not hold on to a caller's array.
         memory = MPI.buffer.fromaddress(op.address, op.nbytes)
-        make = self.comm.Send_init if op.send else self.comm.Recv_init
         if op.nbytes <= _LARGEST:
             return make((memory, op.nbytes, MPI.BYTE), op.peer, _FIRST_TAG + op.lane)
         whole = _large_type(op.nbytes)
@@ -67,6 +75,9 @@ class MpiTransport:
             return make((memory, 1, whole), op.peer, _FIRST_TAG + op.lane)
         finally:
             whole.Free()  # the request keeps it as long as it needs it
+
+    def pool(self) -> _MpiPool:
+        return _MpiPool(self)
 
     def pause(self, idle: int) -> None:
         if idle > _SLEEP_POLLS:
@@ -81,17 +92,19 @@ class MpiTransport:
     def native(self, request: NativeRequest) -> _MpiCall:
         return _MpiCall(_NATIVE[request.collective](self.comm, request))
 
-    def alarm(self) -> None:
+    def alarm(self, missing: Collection[int] | None = None) -> None:
+        told = np.array([] if missing is None else [_TOLD, *sorted(missing)], np.int32)
         for peer in range(self.size):
             if peer != self.rank:
-                _abandoned.append(self.comm.Isend((b"", 0, MPI.BYTE), peer, _ALARM_TAG))
+                _abandoned.append((told, self.comm.Isend(told, peer, _ALARM_TAG)))
 
-    def alarms(self) -> set[int]:
+    def alarms(self) -> Alarms:
         status = MPI.Status()
         while self.comm.Iprobe(MPI.ANY_SOURCE, _ALARM_TAG, status):
-            self.comm.Recv((bytearray(0), 0, MPI.BYTE), status.source, _ALARM_TAG)
-            self._alarms.add(status.source)
-        return set(self._alarms)
+            told = np.empty(status.Get_count(MPI.INT32_T), np.int32)
+            self.comm.Recv(told, status.source, _ALARM_TAG)
+            self._alarms[status.source] = frozenset(told[1:].tolist()) if len(told) else None
+        return dict(self._alarms)
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
         """MPI cannot take back a send: keep everything, and see to it that leaving the process ends."""
@@ -151,6 +164,45 @@ class _MpiBatch:
                 request.Free()
         self.requests, self._active, self._numbers = [], [], []
         self._freed(self)
+
+
+class _MpiPool:
+    def __init__(self, transport: MpiTransport) -> None:
+        self._transport = transport
+        self._requests: list[MPI.Request] = []
+        self._numbers: list[int] = []
+        self._receives: set[int] = set()
+        self._next = 0
+
+    def start(self, op: Op) -> int:
+        number, self._next = self._next, self._next + 1
+        self._requests.append(self._transport.single(op))
+        self._numbers.append(number)
+        if not op.send:
+            self._receives.add(number)
+        return number
+
+    def test(self) -> list[int]:
+        found = MPI.Request.Testsome(self._requests) if self._requests else None
+        if not found:
+            return []
+        done = [self._numbers[place] for place in found]
+        for place in sorted(found, reverse=True):
+            self._requests[place], self._numbers[place] = self._requests[-1], self._numbers[-1]
+            self._requests.pop()
+            self._numbers.pop()
+        self._receives.difference_update(done)
+        return done
+
+    def close(self) -> bool:
+        """A receive can be cancelled if nothing has come for it; a send cannot."""
+        for number, request in zip(self._numbers, self._requests, strict=True):
+            if number in self._receives:
+                request.Cancel()
+        deadline = time.monotonic() + _CANCEL_SECONDS
+        while self._requests and time.monotonic() < deadline:
+            self.test()
+        return not self._requests
 
 
 class _MpiCall:

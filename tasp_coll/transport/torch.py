@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from tasp_coll.errors import CollectiveError, PeerTimeoutError
-from tasp_coll.transport import NativeCall, NativeRequest, Op
+from tasp_coll.transport import Alarms, NativeCall, NativeRequest, Op, Pool
+from tasp_coll.transport.pool import BatchPool
 
 _FOREVER = timedelta(days=365)  # Gloo's own limit would break its connections; the engine has the user's timeout
 _LONGEST_PAUSE_S = 2e-3
@@ -83,6 +84,9 @@ class TorchTransport:
             self._threads[-1].start()
         queue.put((work, batch, index))
 
+    def pool(self) -> Pool:
+        return BatchPool(self.prepare)
+
     def pause(self, idle: int) -> None:
         self._news.wait(min(idle * 1e-4, _LONGEST_PAUSE_S))
         self._news.clear()
@@ -115,10 +119,10 @@ class TorchTransport:
         work.get_future().add_done_callback(lambda _: self._news.set())
         return _TorchCall(work, *tensors)
 
-    def alarm(self) -> None:
-        self._board.hang()
+    def alarm(self, missing: Collection[int] | None = None) -> None:
+        self._board.hang(missing)
 
-    def alarms(self) -> set[int]:
+    def alarms(self) -> Alarms:
         return self._board.read()
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
@@ -207,21 +211,21 @@ class _Board:
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self._heard: set[int] = set()
+        self._heard: Alarms = {}
         self._errands: SimpleQueue[str | None] = SimpleQueue()
         self._reading = False
         self._thread: threading.Thread | None = None
 
-    def hang(self) -> None:
-        """Tell all."""
-        self._send("hang")
+    def hang(self, missing: Collection[int] | None) -> None:
+        """Tell all that this rank waits, and, once it knows, whom it misses."""
+        self._send("waiting" if missing is None else " ".join(map(str, ["missing", *sorted(missing)])))
 
-    def read(self) -> set[int]:
-        """Who has told, as far as is known; asks anew."""
+    def read(self) -> Alarms:
+        """Who has told what, as far as is known; asks anew."""
         if not self._reading:
             self._reading = True
             self._send("read")
-        return set(self._heard)
+        return dict(self._heard)
 
     def close(self) -> None:
         """End the thread."""
@@ -236,16 +240,23 @@ class _Board:
     def _run(self) -> None:
         while (errand := self._errands.get()) is not None:
             try:
-                if errand == "hang":
-                    self._store.set(str(self._rank), "")
+                if errand != "read":
+                    self._store.set(str(self._rank), errand)
                     self._store.set("any", "")
                 elif self._store.check(["any"]):
                     others = [rank for rank in range(self._size) if rank != self._rank]
-                    self._heard.update(rank for rank in others if self._store.check([str(rank)]))
+                    told = [rank for rank in others if self._store.check([str(rank)])]
+                    self._heard |= {rank: _told(self._store.get(str(rank)).decode()) for rank in told}
             except RuntimeError:  # whoever held the store is gone
                 return
             finally:
                 self._reading = False
+
+
+def _told(note: str) -> frozenset[int] | None:
+    """Whom a rank misses, by its note on the board."""
+    kind, *ranks = note.split()
+    return frozenset(map(int, ranks)) if kind == "missing" else None
 
 
 def _wait(queue: SimpleQueue[_Started | None], news: threading.Event) -> None:

@@ -277,7 +277,7 @@ def test_topologies_that_differ(topologies: tuple[str | None, str | None]) -> No
 
 
 def test_options_of_the_communicator() -> None:
-    for options in ({"timeout": 0}, {"timeout": "soon"}, {"stream": object()}, {"self_heal": True}):
+    for options in ({"timeout": 0}, {"timeout": "soon"}, {"stream": object()}, {"self_heal": 2}):
         with pytest.raises(tasp_coll.ArgumentError, match=next(iter(options))):
             Communicator(**options)
 
