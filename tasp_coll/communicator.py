@@ -57,8 +57,8 @@ class Communicator:
         framework.
     self_heal: calls on arrays in host memory outlive dead links. A link on which a peer is silent for half the timeout
         though it answers through others is given up: what it owed goes through other ranks, the call ends with the
-        right result, and later ones are planned without it. A link that delivers less than 0.4 of what is usual twice
-        in a row gets that rate. `topology` then tells what is left, and a LinkWarning what happened. It costs each
+        right result, and later ones are planned without it. A link that delivers less than 0.4 of what is usual gets
+        that rate. `topology` then tells what is left, and a LinkWarning what happened. It costs each
         call a closing agreement, a copy of every message on either side, acknowledgements, and a thread that answers
         while the program computes; a message must cross its link within a third of the timeout; "native" is not to
         be had. The same on all ranks.

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tasp_coll.errors import (
@@ -26,7 +26,7 @@ from tasp_coll.transport import Alarms, Transport
 from tasp_coll.work import CHECK_POLLS, Operation, Patience, Watch, Work
 
 _GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
-_TELL_SECONDS = 0.5  # and whom they do not hear
+_TELL_SECONDS = 1.5  # and whom they do not hear, which those that miss one know after the grace
 # Raised before any data moved, on all ranks alike: the communicator can go on.
 _HARMLESS = (ArgumentError, MismatchError, ScheduleError, TopologyError)
 
@@ -177,17 +177,13 @@ class Engine:
         self.transport.alarm(missing)
         heard = self._hear(lambda heard: None not in heard.values(), _TELL_SECONDS)
         links = _dead_links({**heard, self.transport.rank: missing})
-        silent = sorted(missing or peers or everyone)
+        ends = {rank for link in links for rank in link}
+        silent = sorted(ends or missing or peers or everyone)
         at = f"while {operation.phase}" if step is None else f"at step {step}"
-        who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         why = f"within {waited:.3g} s" if not told else f"when rank {min(told)} gave up waiting"
-        how = "".join(f"; ranks {a} and {b} do not hear each other, but others hear both: their link" for a, b in links)
+        fault = f"no answer from {_ranks(silent)}" if not links else f"no progress: {_told(links)}"
         return PeerTimeoutError(
-            f"{operation.name}: no answer from {who} {why}, {at}{how}",
-            peers=silent,
-            call=operation.name,
-            step=step,
-            links=links,
+            f"{operation.name}: {fault} {why}, {at}", peers=silent, call=operation.name, step=step, links=links
         )
 
     def _hear(self, enough: Callable[[Alarms], bool], seconds: float) -> Alarms:
@@ -303,6 +299,15 @@ def _dead_links(alarms: Alarms) -> tuple[tuple[int, int], ...]:
         and a in misses.get(b, {a})
         and any(not {a, b} & {c, *lost} for c, lost in misses.items())
     )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _told(links: Sequence[tuple[int, int]]) -> str:
+    pairs = "; ".join(f"ranks {a} and {b} do not hear each other over their link" for a, b in links)
+    return f"{pairs}, though others hear both,"
 
 
 def abandon_busy(why: str) -> None:

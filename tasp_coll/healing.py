@@ -17,14 +17,16 @@ from tasp_coll.agreement import Rounds
 from tasp_coll.bootstrap import exchange_texts
 from tasp_coll.errors import LinkWarning, TopologyError
 from tasp_coll.links import Node
+from tasp_coll.ring_solver import load
 from tasp_coll.topology import Topology
-from tasp_coll.transport.healing import HealingTransport, Sample
+from tasp_coll.transport.healing import HealingTransport
+from tasp_coll.transport.rates import Sample
 from tasp_coll.transport.relay import Pair
 
 SLOW = 0.4  # of the usual share, below which a link is slow
 _CAUTION = 0.85  # a chunk too small for its link costs little, one too large holds up its ring
 _NOTICEABLE_SECONDS = 0.01  # a message that takes less tells more of who had the core than of the link
-_LEAST_PAIRS, _LEAST_MESSAGES = 3, 3
+_LEAST_PAIRS, _LEAST_MESSAGES = 3, 6
 Arc = tuple[Node, Node]
 
 
@@ -35,23 +37,27 @@ class Healer:
         self, transport: HealingTransport, rounds: Rounds, topology: Topology, adopt: Callable[[Topology], None]
     ) -> None:
         """adopt: is given each new topology."""
+        load()  # in need, all would wait for the slowest to do so
         self._transport, self._rounds, self._adopt = transport, rounds, adopt
         self._whole = self._now = topology
         self._dead: list[Pair] = []
         self._rates: dict[Arc, float] = {}
-        self._suspects: frozenset[Arc] = frozenset()
+        self._samples: dict[Pair, Sample] = {}
 
     def settle(self) -> Generator[bool, None, None]:
         """Tell each other what was seen since the last time."""
-        samples = self._transport.take_samples(_LEAST_MESSAGES)
+        samples = self._transport.take_samples()
         told = _told(sorted(self._transport.dead), samples, self._rounds.capacity)
         texts = yield from exchange_texts(self._rounds, told)
         seen = [json.loads(text) for text in texts]
         dead = {(a, b) for each in seen for a, b in each["dead"]}
         self._transport.avoid(dead)
-        rates = {(rank, sample[0]): Sample(*sample) for rank, each in enumerate(seen) for sample in each["rates"]}
-        fresh = self._exclude(sorted(dead)) + self._reweight(rates)
+        for rank, each in enumerate(seen):
+            self._samples |= {(rank, sample[0]): Sample(*sample) for sample in each["rates"]}
+        fresh = self._exclude(sorted(dead)) + self._reweight()
         if fresh:
+            self._samples.clear()
+            self._transport.forget_samples()
             self._adopt(self._now)
             for what in fresh:
                 warnings.warn(f"{what}; plans are now for {self._now.name!r}", LinkWarning, stacklevel=2)
@@ -70,18 +76,14 @@ class Healer:
                 told.append(f"ranks {a} and {b} do not reach each other any more, and nothing leads around: {error}")
         return told
 
-    def _reweight(self, samples: Mapping[Pair, Sample]) -> list[str]:
-        """Lower the rates of links that were slow twice in a row; what to say of them."""
-        slow = slow_links(self._now, samples)
-        if not samples:
-            return []
-        sure = {arc: share for arc, share in slow.items() if arc in self._suspects}
-        self._suspects = frozenset(slow)
-        for (u, v), share in sure.items():
+    def _reweight(self) -> list[str]:
+        """Lower the rates of slow links; what to say of them."""
+        slow = slow_links(self._now, self._samples)
+        for (u, v), share in slow.items():
             self._rates[u, v] = float(f"{self._now.GBps(u, v) * share * _CAUTION:.3g}")
-        if sure:
+        if slow:
             self._now = self._planned()
-        return [f"the link from {u} to {v} delivers {share:.2g} of what is usual" for (u, v), share in sure.items()]
+        return [f"the link from {u} to {v} delivers {share:.2g} of what is usual" for (u, v), share in slow.items()]
 
     def _planned(self) -> Topology:
         """What is left of the whole topology."""
@@ -98,20 +100,21 @@ def slow_links(topology: Topology, samples: Mapping[Pair, Sample]) -> dict[Arc, 
     """
     paths = {pair: topology.path(*pair) for pair in samples}
     nominal = {pair: 1e9 * min(topology.GBps(u, v) for u, v in path) for pair, path in paths.items()}
-    shares = {pair: sample.best / nominal[pair] for pair, sample in samples.items()}
-    if len(shares) < _LEAST_PAIRS:
+    held = {pair: sample.nbytes / sample.seconds / nominal[pair] for pair, sample in samples.items()}
+    if len(held) < _LEAST_PAIRS:
         return {}
-    usual = median(shares.values())
+    usual = median(held.values())
     crossing: dict[Arc, list[Pair]] = {}
     for pair, path in paths.items():
         for arc in path:
             crossing.setdefault(arc, []).append(pair)
     found = {}
     for arc, pairs in crossing.items():
-        noticeable = all(samples[pair].quickest > _NOTICEABLE_SECONDS for pair in pairs)
-        if noticeable and max(shares[pair] for pair in pairs) < SLOW * usual:
-            held = max(samples[pair].nbytes / samples[pair].seconds / nominal[pair] for pair in pairs)
-            found[arc] = held / usual
+        seen = [samples[pair] for pair in pairs]
+        known = sum(sample.messages for sample in seen) >= _LEAST_MESSAGES
+        noticeable = all(sample.quickest > _NOTICEABLE_SECONDS for sample in seen)
+        if known and noticeable and max(samples[pair].best / nominal[pair] for pair in pairs) < SLOW * usual:
+            found[arc] = max(held[pair] for pair in pairs) / usual
     return found
 
 

@@ -8,6 +8,7 @@ in deterministic time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -30,6 +31,12 @@ class _Effort:
 
     once: float
     left: float
+
+
+def load() -> None:
+    """Load the solver now, if there is one, where later others would wait for it."""
+    with suppress(ImportError):
+        from ortools.sat.python import cp_model  # noqa: F401
 
 
 class RingSolver:

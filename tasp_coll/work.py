@@ -169,6 +169,7 @@ class Watch:
         now = time.monotonic()
         if restart or not self._since:
             self._since = now
+        self._since = max(self._since, self._engine.transport.last_event)
         waited = now - self._since
         if waited > self._engine.timeout or self._engine.transport.alarms():
             raise self._engine.timed_out(self.operation, waited)

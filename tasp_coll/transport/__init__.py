@@ -84,6 +84,7 @@ class Transport(Protocol):
     rank: int
     size: int
     background: bool  # may another thread drive it while the caller computes?
+    last_event: float  # `time.monotonic()` when it last had to find another way; waits begin anew then
 
     def prepare(self, ops: Sequence[Op]) -> Batch:
         """Prepare operations for repeated use."""

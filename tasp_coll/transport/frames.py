@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
+
+from tasp_coll.transport.rates import Note
 
 PART_BYTES = 1 << 16  # of a message that goes through other ranks
 _HEAD = struct.Struct("<BBxxiiI")
 _PART = struct.Struct("<iQQQ")
 _COUNT = struct.Struct("<iQ")
+_LENGTH = struct.Struct("<I")
+_NOTE = struct.Struct("<iQd")
 _PAIR = struct.Struct("<ii")
 FRAME_BYTES = _HEAD.size + _PART.size + PART_BYTES
 
@@ -76,14 +80,26 @@ class Part(NamedTuple):
         return cls(lane, seq, total, offset, body[_PART.size :])
 
 
-def pack_counts(counts: Iterable[tuple[int, int]]) -> bytes:
-    """Of an ACK: (lane, messages) each."""
-    return b"".join(_COUNT.pack(*count) for count in counts)
+class Ack(NamedTuple):
+    """counts: of each lane, how many messages have come. notes: when large ones did."""
 
+    counts: Sequence[tuple[int, int]]
+    notes: Sequence[Note]
 
-def unpack_counts(body: bytes) -> Iterator[tuple[int, int]]:
-    """Of an ACK."""
-    return _COUNT.iter_unpack(body)
+    def packed(self) -> bytes:
+        """As a frame's body."""
+        counts = b"".join(_COUNT.pack(*count) for count in self.counts)
+        return _LENGTH.pack(len(counts)) + counts + b"".join(_NOTE.pack(*note) for note in self.notes)
+
+    @classmethod
+    def unpacked(cls, body: bytes) -> Ack:
+        """From a frame's body."""
+        (length,) = _LENGTH.unpack_from(body)
+        counts, notes = body[_LENGTH.size : _LENGTH.size + length], body[_LENGTH.size + length :]
+        return cls(
+            [(lane, came) for lane, came in _COUNT.iter_unpack(counts)],
+            [Note(*note) for note in _NOTE.iter_unpack(notes)],
+        )
 
 
 def pack_pairs(pairs: Iterable[tuple[int, int]]) -> bytes:

@@ -78,6 +78,7 @@ class LoopbackTransport:
 
     name = "loopback"
     background = True
+    last_event = 0.0
 
     def __init__(self, world: LoopbackWorld, rank: int, number: int = 0) -> None:
         self.world, self.rank, self.size, self.number = world, rank, world.size, number

@@ -40,6 +40,7 @@ class MpiTransport:
     """A duplicate of an MPI communicator, so that its messages never meet the caller's own."""
 
     name = "mpi"
+    last_event = 0.0
 
     def __init__(self, comm: MPI.Intracomm, lanes: int) -> None:
         """comm: a communicator of our own, freed by `close`. lanes: how many tags are needed."""

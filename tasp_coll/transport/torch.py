@@ -49,6 +49,7 @@ class TorchTransport:
 
     name = "torch"
     background = True
+    last_event = 0.0
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size = rank, size
