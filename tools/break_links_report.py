@@ -41,7 +41,7 @@ class Result:
             for number in each.seconds
             if not any(call.wrong or not call.unchanged for call in each.numbered[number])
         ]
-        return len(exact), self.case.calls * len(self.seen)
+        return len(exact), sum(each.due for each in self.seen)
 
     def __str__(self) -> str:
         shares = [each.share for each in self.seen if each.share is not None]

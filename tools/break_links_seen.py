@@ -109,8 +109,20 @@ class Seen:
 
     @cached_property
     def longest_s(self) -> float:
-        """The longest call from the fault on."""
-        return max((seconds for number, seconds in self.seconds.items() if number >= self.case.before), default=0.0)
+        """The longest call from the fault on, those that raised included."""
+        raised = [each.ended - each.began for each in self.failures]
+        done = [seconds for number, seconds in self.seconds.items() if number >= self.case.before]
+        return max((*raised, *done), default=0.0)
+
+    @property
+    def raises(self) -> bool:
+        """Whether the call whose link is broken should raise."""
+        return not self.self_heal and self.case.scenario == "cut"
+
+    @property
+    def due(self) -> int:
+        """Calls that should give a result."""
+        return self.case.before if self.raises else self.case.calls
 
     @cached_property
     def broken(self) -> tuple[str, ...]:
@@ -165,7 +177,7 @@ def _broken(seen: Seen) -> Iterator[str]:
         yield f"{seen.left} processes are left"
     if seen.fault is None:
         yield f"the job ended before its link was broken, with status {seen.status}: {seen.said}"
-    elif not seen.self_heal and seen.case.scenario == "cut":
+    elif seen.raises:
         yield from _error_broken(seen, seen.fault[1])
     else:
         yield from _healing_broken(seen)
@@ -175,8 +187,8 @@ def _healing_broken(seen: Seen) -> Iterator[str]:
     case = seen.case
     for each in seen.failures:
         yield f"call {each.call}: rank {each.rank} raised {each.kind}: {each.told}"
-    if len(seen.calls) < case.calls * seen.ranks:
-        yield f"{len(seen.calls)} of {case.calls * seen.ranks} results"
+    if len(seen.calls) < seen.due * seen.ranks:
+        yield f"{len(seen.calls)} of {seen.due * seen.ranks} results"
     if seen.status:
         yield f"the job ended with status {seen.status}: {seen.said}"
     if case.scenario in ("cut", "cut_and_restored") and seen.intact_s is not None:

@@ -64,38 +64,38 @@ def impose(room: Room, wiring: Wiring, there: Port, back: Port, condition: Condi
 
     Rate and netem's delays are the sender's. Loss is the receiver's, and so are delays where there is no netem.
     """
-    room.batch("tc", [wiring.shaper(there, condition.slower, verb="change")], there.namespace)
+    shaper = wiring.shaper(there, condition.slower, verb="change")
     child = f"qdisc replace dev {there.device} parent 1:1"
-    delay_us = there.latency_us + 1e3 * condition.delayed_ms
+    delay = there.latency_us + 1e3 * condition.delayed_ms, 1e3 * condition.jitter_ms  # us: so much, more or less
     by_line = False
     if condition.down:
-        room.batch("tc", [f"{child} handle 30: blackhole"], there.namespace)
-    elif not delay_us or (by_line := not _netem(room, wiring, there, delay_us, condition.jitter_ms)):
-        room.batch("tc", [f"{child} handle 10: bfifo limit {wiring.queue_bytes(there)}"], there.namespace)
+        room.batch("tc", [shaper, f"{child} handle 30: blackhole"], there.namespace)
+    elif not delay[0] or (by_line := not _netem(room, there, [shaper, wiring.delay(there, *delay)])):
+        room.batch("tc", [shaper, f"{child} handle 10: bfifo limit {wiring.queue_bytes(there)}"], there.namespace)
     _end_line(room, back)
     if by_line:
-        _begin_line(room, wiring, back, delay_us, condition)
+        _begin_line(room, wiring, back, delay, condition.lossy)
     _lose(room, back, 1.0 if by_line else condition.lossy)
 
 
-def _netem(room: Room, wiring: Wiring, port: Port, delay_us: float, jitter_ms: float) -> bool:
+def _netem(room: Room, port: Port, lines: list[str]) -> bool:
     """Delay by the kernel's own means; False if it has none."""
     try:
-        room.batch("tc", [wiring.delay(port, delay_us, 1e3 * jitter_ms)], port.namespace)
+        room.batch("tc", lines, port.namespace)
     except RoomError:
         return False
     return True
 
 
-def _begin_line(room: Room, wiring: Wiring, port: Port, delay_us: float, condition: Condition) -> None:
+def _begin_line(room: Room, wiring: Wiring, port: Port, delay: tuple[float, float], lost: float) -> None:
     """Delay what arrives at a port by a process of the room, `vcluster_line`; it also loses what is to be lost."""
     line = _line_device(port)
     asked = {
         "device": port.device,
         "tap": line,
-        "delay_s": delay_us / 1e6,
-        "jitter_s": condition.jitter_ms / 1e3,
-        "lost": condition.lossy,
+        "delay_s": delay[0] / 1e6,
+        "jitter_s": delay[1] / 1e6,
+        "lost": lost,
     }
     try:
         room.call([tool("ip"), "netns", "exec", port.namespace, *python(_LINE)], json.dumps(asked))
