@@ -14,9 +14,10 @@ from loopback_ranks import on_ranks
 from tasp_coll import Communicator, Link, Ring, Rows, Schedule, Topology, Transfer
 
 NAMES = """
-    ArgumentError ArgumentTypeError CollectiveError Communicator Link LinkWarning MismatchError PeerTimeoutError Ring Rows
-    Schedule ScheduleError Topology TopologyError Transfer all_to_all allgather_steps decompose decomposed_allgather
-    decomposed_allgatherv decomposed_allreduce decomposed_reduce_scatter plan reduce_scatter_steps ring_neighbours
+    ArgumentError ArgumentTypeError CollectiveError Communicator Link LinkWarning MismatchError PeerTimeoutError Ring
+    Rows Schedule ScheduleError Topology TopologyError Transfer all_to_all allgather_steps decompose
+    decomposed_allgather decomposed_allgatherv decomposed_allreduce decomposed_reduce_scatter plan
+    reduce_scatter_steps ring_neighbours
 """
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (Communicator, "(group=None, *, topology=None, timeout=None, stream=None, self_heal=False)"),

@@ -11,7 +11,7 @@ import pytest
 from launch import REPOSITORY, torchrun
 
 SUITE = Path(__file__).parent / "mpi"
-BODIES = ("test_process_groups.py", "test_collectives.py", "test_steps.py")
+BODIES = ("test_process_groups.py", "test_collectives.py", "test_steps.py", "test_healing.py")
 
 # Three ranks that no launcher looks after; the last one leaves in the middle.
 LEAVES = """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tasp_coll
 from perf_collective import Collective, Place, Unsupported
-from perf_options import Options
+from perf_options import HEALING, Options
 from tasp_coll.bootstrap import timeout_seconds
 from tasp_coll.forecast import NATIVE, Case, Choice, call_seconds, forecast, ring_count
 
@@ -50,6 +50,9 @@ class Algorithm(ABC):
         """Seconds of such a call by the cost model; None where it knows none."""
         return None
 
+    def close(self) -> None:  # noqa: B027
+        """Give back what is its own."""
+
 
 class Ours(Algorithm):
     """An algorithm of tasp_coll."""
@@ -72,6 +75,21 @@ class Ours(Algorithm):
 
     def predicted(self, case: Case, ran: Ran) -> float | None:
         return None if ran.choice is None else call_seconds(case, ran.choice, self.name)
+
+
+class Healing(Ours):
+    """`auto` on a communicator of its own, whose links heal."""
+
+    def __init__(self, collective: Collective, options: Options) -> None:
+        comm = tasp_coll.Communicator(topology=options.topology, timeout=options.timeout, self_heal=True)
+        super().__init__("auto", collective, comm, options)
+        self.name = HEALING
+
+    def predicted(self, case: Case, ran: Ran) -> None:
+        """The model knows nothing of what healing costs."""
+
+    def close(self) -> None:
+        self._comm.close()
 
 
 class Mpi4py(Algorithm):
@@ -110,13 +128,17 @@ def assemble(
             return Mpi4py(collective, world)
         if name == "gloo":
             return Gloo(collective, world, options.timeout)
+        if name == HEALING:
+            return Healing(collective, options)
         return Ours(name, collective, comm, options)
 
     return [make(name) for name in options.algorithms]
 
 
 def dismiss(algorithms: Sequence[Algorithm]) -> None:
-    """End what `assemble` began outside tasp_coll."""
+    """End what `assemble` began."""
+    for algorithm in algorithms:
+        algorithm.close()
     if any(isinstance(algorithm, Gloo) for algorithm in algorithms):
         import torch.distributed as distributed
 

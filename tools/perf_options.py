@@ -16,6 +16,8 @@ from tasp_coll.schedule import ALGORITHMS
 
 OURS = ("auto", *ALGORITHMS, "native")
 PEERS = ("mpi4py", "gloo")
+HEALING = "healing"
+NAMES = (*OURS, HEALING, *PEERS)
 DEFAULT = (*ALGORITHMS, "native")
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
@@ -138,7 +140,7 @@ def _add_algorithms(group: argparse._ArgumentGroup) -> None:
         "--algo",
         type=_algorithms,
         metavar="A,B,..",
-        help=f"any of {', '.join((*OURS, *PEERS))}, also repeatedly (default {','.join(DEFAULT)}, less those that "
+        help=f"any of {', '.join(NAMES)}, also repeatedly (default {','.join(DEFAULT)}, less those that "
         "cannot run here)",
     )
     group.add_argument("--rings", type=integer(1), metavar="K", help="rings of algorithm 'rings' (default: all)")
@@ -219,9 +221,9 @@ def seconds_of(text: str) -> float:
 
 def _algorithms(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
-    unknown = [name for name in names if name not in (*OURS, *PEERS)]
+    unknown = [name for name in names if name not in NAMES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"must be names of {', '.join((*OURS, *PEERS))}, got {unknown[0]!r}")
+        raise argparse.ArgumentTypeError(f"must be names of {', '.join(NAMES)}, got {unknown[0]!r}")
     return names
 
 
@@ -233,6 +235,7 @@ algorithms
   hierarchical   on several equal nodes: along rails from node to node, and from there inside the nodes
   native   the MPI library's own collective, called through tasp_coll
   auto     what tasp_coll takes if it is not told; the table shows which, as in auto:direct
+  healing  the same on a Communicator(self_heal=True): what it costs that calls outlive a dead link
   mpi4py   the MPI library's own collective, called through mpi4py alone: the bare blocking call
   gloo     torch.distributed on its gloo back end, between the same ranks
   All run in one process, iteration by iteration in rotating order, so that what disturbs the machine disturbs all of

@@ -52,9 +52,13 @@ class LoopbackWorld:
                 self.match(lane, source, target)
             self.changed.notify_all()
 
+    def is_cut(self, a: int, b: int) -> bool:
+        """Whether the link between two ranks is cut."""
+        return frozenset((a, b)) in self._cuts
+
     def match(self, lane: _Lane, source: int, target: int) -> None:
         """Carry what has a sender and a receiver. The lock is held."""
-        while lane.sends and lane.receives and frozenset((source, target)) not in self._cuts:
+        while lane.sends and lane.receives and not self.is_cut(source, target):
             (sender, i), (receiver, j) = lane.sends.popleft(), lane.receives.popleft()
             sent, expected = sender.ops[i], receiver.ops[j]
             if sent.nbytes > expected.nbytes:
@@ -109,7 +113,7 @@ class LoopbackTransport:
         told = None if missing is None else frozenset(missing)
         with self.world.changed:
             for rank in range(self.size):
-                if rank != self.rank:
+                if rank != self.rank and not self.world.is_cut(rank, self.rank):
                     self.world.raised[rank, self.number][self.rank] = told
             self.world.changed.notify_all()
 
