@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasp_coll.agreement import Header, Rounds, disagreement
 from tasp_coll.core import lanes
@@ -52,8 +52,9 @@ def connect(group: Any, timeout: float) -> Transport:
 
 def _mpi_transport(group: Any, timeout: float) -> Transport:
     MPI = _mpi()
-    from tasp_coll.transport.mpi import MpiTransport
+    from tasp_coll.transport.mpi import ORIGIN, MpiTransport
 
+    ORIGIN.check()
     comm = MPI.COMM_WORLD if group is None else group
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise ArgumentTypeError(f"group must be an intracommunicator that this rank is in, got {comm!r}")
@@ -91,8 +92,9 @@ def _torch_transport(group: Any, timeout: float) -> Transport:
     """Connections of our own between a process group's ranks, through the store that made the group."""
     import torch.distributed as dist
 
-    from tasp_coll.transport.torch import TorchTransport
+    from tasp_coll.transport.torch import ORIGIN, TorchTransport
 
+    ORIGIN.check()
     # Groups made before torch had get_group_store are told apart by their names in the default group's store.
     find = getattr(group, "get_group_store", None)
     store = find() if find is not None else dist.distributed_c10d._get_default_store()
@@ -114,19 +116,25 @@ def _mpi() -> Any:
 
 def _duplicate(comm: Any, timeout: float) -> Any:
     """A communicator of our own, so that our messages never meet the caller's. Collective, with the timeout."""
+    from tasp_coll.transport.mpi import forsake
+
     fresh, request = comm.Idup()
     begun, polls = time.monotonic(), 0
-    while not request.Test():
-        polls += 1
-        if polls > 2:
-            os.sched_yield()
-        if polls % 64 == 0 and time.monotonic() - begun > timeout:
-            others = [rank for rank in range(comm.size) if rank != comm.rank]
-            raise PeerTimeoutError(
-                f"Communicator: not all of ranks {others} made theirs within {timeout:.3g} s",
-                peers=others,
-                call="Communicator",
-            )
+    try:
+        while not request.Test():
+            polls += 1
+            if polls > 2:
+                os.sched_yield()
+            if polls % 64 == 0 and time.monotonic() - begun > timeout:
+                others = [rank for rank in range(comm.size) if rank != comm.rank]
+                raise PeerTimeoutError(
+                    f"Communicator: not all of ranks {others} made theirs within {timeout:.3g} s",
+                    peers=others,
+                    call="Communicator",
+                )
+    except BaseException as error:  # Ctrl-C too
+        forsake(fresh, request, lost=isinstance(error, PeerTimeoutError))
+        raise
     return fresh
 
 
@@ -173,35 +181,44 @@ class _Round(Once):
         return self.rounds.pending(), None
 
 
-@dataclass
-class Join(_Round):
-    """The operation that makes a communicator: same topology, same version, and where everybody is."""
+class Wishes(NamedTuple):
+    """What a rank wants of a communicator. given: someone named the topology. error: why it cannot take part."""
 
     topology: Topology | None
     given: bool
     self_heal: bool
+    checksums: bool
     error: CollectiveError | None
+
+
+@dataclass
+class Join(_Round):
+    """The operation that makes a communicator: same wishes, same version, and where everybody is."""
+
+    wishes: Wishes
 
     def run(self) -> Generator[bool, None, tuple[str, ...]]:
         """The host names, by rank."""
         from tasp_coll import __version__
 
+        wishes, error = self.wishes, self.wishes.error
         said: dict[str, object] = {"call": self.name}
-        if self.error is not None or self.topology is None:
-            said["error"] = f"{type(self.error).__name__}: {self.error}"[:400]
+        if error is not None or wishes.topology is None:
+            said["error"] = f"{type(error).__name__}: {error}"[:400]
         else:
-            said["topology"] = f"{self.topology.name[:80]} ({self.topology.fingerprint})"
-            said["given"] = self.given
-            said["self_heal"] = self.self_heal
+            said["topology"] = f"{wishes.topology.name[:80]} ({wishes.topology.fingerprint})"
+            said["given"] = wishes.given
+            said["self_heal"] = wishes.self_heal
+            said["TASP_COLL_CHECKSUM"] = int(wishes.checksums)
         said["version"] = __version__
         host = socket.gethostname()[:80]
         texts = yield from exchange_texts(self.rounds, json.dumps({**said, "host": host}))
         all_said = [json.loads(text) for text in texts]
         hosts = tuple(told.pop("host") for told in all_said)
         if any(told != all_said[0] for told in all_said) or "error" in said:
-            if self.error is not None and all("error" in told for told in all_said):
-                raise self.error
-            raise disagreement([json.dumps(told) for told in all_said]) from self.error
+            if error is not None and all("error" in told for told in all_said):
+                raise error
+            raise disagreement([json.dumps(told) for told in all_said]) from error
         return hosts
 
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import atexit
 import operator
 import os
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasp_coll import bootstrap, tuning
+from tasp_coll import bootstrap, checksums, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
 from tasp_coll.core import Core, lanes
@@ -41,6 +42,7 @@ from tasp_coll.topology import ENVIRONMENT, Topology
 from tasp_coll.transport import Transport
 from tasp_coll.transport.healing import HealingTransport
 
+_AUTO = Options()  # made once: a small call has no time to make another
 _live: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
@@ -155,7 +157,8 @@ class Communicator:
         Returns the result (recv itself, if given). Raises ArgumentError if all ranks' arguments are bad,
         MismatchError on all ranks if they differ or some are bad, PeerTimeoutError if ranks do not answer.
         """
-        return self._call(AllGather, send, recv, Options(algorithm, rings), async_op)
+        options = _AUTO if algorithm is _AUTO.algorithm and rings is None else Options(algorithm, rings)
+        return self._call(AllGather, send, recv, options, async_op)
 
     def decomposed_allgatherv(
         self,
@@ -306,7 +309,10 @@ class Communicator:
         path = tuning.cache_file(self._core.situation, self.transport)
         _spread(self._core, chooser)
         if self.rank == 0:
-            tuning.write(path, chooser)
+            try:
+                tuning.write(path, chooser)
+            except OSError as error:  # all ranks have the table
+                warnings.warn(f"the tuned table cannot be kept for other runs: {error}", stacklevel=2)
         found: dict[str, list[tuple[int, str]]] = {}
         for collective, size, choice in self._core.chooser.table:
             found.setdefault(collective, []).append((size, choice.algorithm))
@@ -351,6 +357,11 @@ def _plain(counts: Any) -> Any:
 
 def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, error: CollectiveError | None) -> Core:
     """The first agreement, and rank 0's tuned table and costs for all."""
+    with_checksums = False
+    try:
+        with_checksums = checksums.wanted()
+    except ArgumentError as bad:
+        error = error or bad
     given = topology is not None or bool(os.environ.get(ENVIRONMENT))
     found: Topology | None = None
     try:
@@ -362,23 +373,30 @@ def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, 
         derived = None if found is None else derived_pairs(found)
         transport = healing = HealingTransport(transport, timeout, lanes(transport.size), derived)
     try:
-        rounds = Rounds(transport)
-        engine = Engine(transport, timeout)
-        hosts = engine.run(bootstrap.Join(rounds, found, given, self_heal, error))
-        assert found is not None
-        native = transport.name == "mpi" and healing is None
-        situation = tuning.Situation(found, given, len(set(hosts)), native)
-        core = Core(transport, found, situation, rounds, engine)
-        chooser = tuning.Chooser()
-        if transport.rank == 0:
-            measured = tuning.read(tuning.cache_file(situation, transport.name), found)
-            chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
-        _spread(core, chooser)
+        core = _meet(transport, timeout, bootstrap.Wishes(found, given, self_heal, with_checksums, error))
     except CollectiveError:
         transport.close()
         raise
     if healing is not None:
-        core.healer = Healer(healing, rounds, found, core.adopt)
+        core.healer = Healer(healing, core.rounds, core.topology, core.adopt)
+    return core
+
+
+def _meet(transport: Transport, timeout: float, wishes: bootstrap.Wishes) -> Core:
+    """Agree on what all wish for."""
+    rounds, engine, found = Rounds(transport), Engine(transport, timeout), wishes.topology
+    hosts = engine.run(bootstrap.Join(rounds, wishes))
+    assert found is not None
+    native = transport.name == "mpi" and not (wishes.self_heal or wishes.checksums)
+    different = len(set(hosts))
+    situation = tuning.Situation(found, wishes.given, different, native, shared=different == 1)
+    core = Core(transport, found, situation, rounds, engine)
+    core.checksums = wishes.checksums
+    chooser = tuning.Chooser()
+    if transport.rank == 0:
+        measured = tuning.read(tuning.cache_file(situation, transport.name), found)
+        chooser = replace(measured, costs=software_costs(hosts.count(hosts[0])))
+    _spread(core, chooser)
     return core
 
 

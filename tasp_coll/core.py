@@ -153,6 +153,7 @@ class Core:
         self.memos = Memos()
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
+        self.checksums = False  # all ranks' messages of data carry one, see `checksums`
         self.stream: int | None = None  # that the user wants for arrays on a GPU
         self._gpu: tuple[Device, Guard] | None = None
         self.last_choice: Choice | None = None

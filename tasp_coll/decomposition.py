@@ -20,12 +20,14 @@ from threading import Lock
 import numpy as np
 
 from tasp_coll import hamilton, packing, torus, two_level
-from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError
+from tasp_coll.errors import ArgumentError, ArgumentTypeError, ScheduleError, TopologyError
 from tasp_coll.grids import sides_of
 from tasp_coll.links import Node
 from tasp_coll.nodes import Nodes, nodes_of
 from tasp_coll.rings import Decomposition, Ring, equal_rings
 from tasp_coll.topology import Topology
+
+_MOST_PLACES = 1 << 25  # in all rings of a mesh: 5793 ranks on all of theirs, some GB
 
 
 def decompose(topology: Topology, rings: int | None = None) -> tuple[Ring, ...]:
@@ -52,7 +54,7 @@ def decompose(topology: Topology, rings: int | None = None) -> tuple[Ring, ...]:
 
     Raises ArgumentError for `rings` that is not an integer from 1 to the largest number (on a mesh and a switch n-1;
     6, 10 and 1 for n = 4, 6 and 1; on nodes what None gives; else 2(n-1)) or of which there are not so many,
-    TopologyError where the solver is needed and missing.
+    TopologyError where the solver is needed and missing, or where the rings of a mesh would not fit into memory.
     """
     return decomposition_of(topology, rings).rings
 
@@ -76,6 +78,8 @@ def decomposition_of(topology: Topology, rings: int | None = None) -> Decomposit
     if not _is_even(topology):
         return _uneven(topology, rings)
     n, count = topology.ranks, _ring_count(topology, rings)
+    if n * count > _MOST_PLACES:
+        raise TopologyError(f"{count} rings of {n} ranks are too many to hold: ask for at most {_MOST_PLACES // n}")
     if topology.is_single_switch:
         share = Fraction(1)  # every ring passes every port
     else:

@@ -7,6 +7,7 @@ only inside its calls; a caller that waits takes over from it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from tasp_coll.errors import (
     ArgumentError,
     CollectiveError,
+    CorruptionError,
     MismatchError,
     PeerTimeoutError,
     ScheduleError,
@@ -27,10 +29,12 @@ from tasp_coll.work import CHECK_POLLS, Operation, Patience, Watch, Work
 
 _GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
 _TELL_SECONDS = 1.5  # and whom they do not hear, which those that miss one know after the grace
-# Raised before any data moved, on all ranks alike: the communicator can go on.
-_HARMLESS = (ArgumentError, MismatchError, ScheduleError, TopologyError)
+_LEAVE_SECONDS = 1.0  # for a thread that waits to notice that the process is leaving
+# Raised before any data moved, or after all of it, on all ranks alike: the communicator can go on.
+_HARMLESS = (ArgumentError, CorruptionError, MismatchError, ScheduleError, TopologyError)
 
 _busy: set[Engine] = set()  # dropped or not: peers wait for what is under way
+_all: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Pollable(Protocol):
@@ -52,11 +56,12 @@ class Engine:
         self._wake = threading.Condition()
         self._queue: deque[Work] = deque()
         self._streams: dict[Pollable, Operation] = {}
-        self._waiters = 0
+        self._waiters: set[int] = set()  # threads
         self._driver: int | None = None  # the thread inside _advance
         self._thread: threading.Thread | None = None
         self._closed = False
         self.broken: str | None = None
+        _all.add(self)
 
     def run(self, operation: Operation) -> Any:
         """Run to the end, after everything submitted earlier; the result."""
@@ -65,11 +70,11 @@ class Engine:
                 self.check()
             if self._queue or self._streams:
                 return self.submit(operation).wait()
-            pause, idle, watch = self.transport.pause, 0, None
             try:
                 if operation.quick():
                     return operation.result()
-                generator = operation.run()
+                generator, idle, watch = operation.run(), 0, None
+                pause = self.transport.pause
                 while True:
                     if next(generator):
                         idle = 0
@@ -111,9 +116,9 @@ class Engine:
 
     def drive(self, until: Callable[[], bool], operation: Operation, *, patient: bool = False) -> None:
         """Make progress until `until()`, with the timeout; for callers that wait. patient: see `Watch`."""
-        with self._wake:
-            self._waiters += 1
+        me = threading.get_ident()
         try:
+            self._waiters.add(me)
             with self.lock:
                 watch = Watch(self, operation, patient=patient)
                 while not until():
@@ -127,13 +132,15 @@ class Engine:
             self.judge(error, operation)
             raise
         finally:
+            self._waiters.discard(me)
             with self._wake:
-                self._waiters -= 1
                 self._wake.notify_all()
 
     def nudge(self) -> None:
         """One poll of everything."""
-        if self.lock.acquire(blocking=False):
+        if self.broken:
+            self._fail_all()
+        elif self.lock.acquire(blocking=False):
             try:
                 if not self._advance() and self._queue:
                     self._look(self._queue[0])
@@ -154,9 +161,7 @@ class Engine:
         self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier: {error!r}"
         lost = isinstance(error, PeerTimeoutError)
         self.transport.abandon(operation, list(self._queue), list(self._streams), lost=lost)
-        for work in self._queue:
-            if work.operation is not operation:
-                work.fail(CollectiveError(self.broken))
+        self._fail_all(but=operation)
         if isinstance(error, (CollectiveError, MemoryError)) or not isinstance(error, Exception):
             return error
         told = CollectiveError(f"{operation.name} failed in the {self.transport.name} transport: {error}")
@@ -204,10 +209,34 @@ class Engine:
         return not (self.broken or self._closed)
 
     def abandon(self, why: str) -> None:
-        """Give up what is under way."""
-        with self.lock:  # not while the background thread is in the middle of a poll
-            self.broken = f"this communicator cannot be used any more: {why}"
+        """Give up what is under way, in whichever thread."""
+        self.broken = f"this communicator cannot be used any more: {why}"
+        alone = self.lock.acquire(timeout=_LEAVE_SECONDS)  # not while another thread is in the middle of a poll
+        try:
             self.transport.abandon(list(self._queue), list(self._streams))
+            self._fail_all()
+        finally:
+            if alone:
+                self.lock.release()
+
+    def _fail_all(self, but: Operation | None = None) -> None:
+        """What is queued has no result any more."""
+        for work in self._queue:
+            if work.operation is not but and not work.done:
+                work.fail(CollectiveError(self.broken))
+
+    def disown(self) -> None:
+        """In a forked process: all belongs to the parent, and its threads, which may hold locks, are not here."""
+        self.lock, self._wake = threading.RLock(), threading.Condition()
+        self.broken = (
+            "this communicator cannot be used in a process that was forked from the one that made it: what travels on "
+            "its connections is the parent's; start processes with multiprocessing's 'spawn', and make one there"
+        )
+        self._driver, self._thread = None, None
+        self._waiters.clear()
+        self._fail_all()
+        self._queue.clear()
+        self._streams.clear()
 
     def close(self) -> bool:
         """Wait for what is under way, then stop the background thread; whether it was open."""
@@ -219,6 +248,8 @@ class Engine:
             while self._queue:
                 work = self._queue[0]
                 self.drive(lambda work=work: work.done, work.operation)  # type: ignore[misc]
+            with self.lock:  # after the call of another thread
+                self._closed = True
         self._closed = True
         with self._wake:
             self._wake.notify_all()
@@ -230,18 +261,27 @@ class Engine:
         """Poll the first operation and all streams; whether anything moved. The lock is held."""
         progress = False
         self._driver = threading.get_ident()
-        while self._queue and self._queue[0].done:
-            self._queue.popleft()
-        if self._queue:
-            progress = self._queue[0].advance()
-            if self._queue[0].done:
+        try:
+            while self._queue and self._queue[0].done:
                 self._queue.popleft()
-        for stream in list(self._streams):
-            progress |= stream.poll()
-        if not self.busy:
-            _busy.discard(self)
-        self._driver = None
+            if self._queue:
+                progress = self._queue[0].advance()
+                if self._queue[0].done:
+                    self._queue.popleft()
+            for stream in list(self._streams):
+                progress |= stream.poll()
+            if not self.busy:
+                _busy.discard(self)
+        finally:
+            self._driver = None
         return progress
+
+    def occupied(self) -> bool:
+        """Whether anything is under way, a call of another thread included."""
+        if self.busy or not self.lock.acquire(blocking=False):
+            return True
+        self.lock.release()
+        return False
 
     @property
     def inside(self) -> bool:
@@ -283,7 +323,7 @@ class Engine:
     def _look(self, head: Work) -> None:
         try:
             head.watch.look()
-        except PeerTimeoutError as error:
+        except CollectiveError as error:
             self.judge(error, head.operation)
             head.fail(error)
 
@@ -312,9 +352,18 @@ def _told(links: Sequence[tuple[int, int]]) -> str:
 
 def abandon_busy(why: str) -> None:
     """Give up what is under way on any communicator, before what carries it is gone."""
-    for engine in list(_busy):
-        if engine.busy and not engine.broken:
+    for engine in {*_busy, *_all}:
+        if engine.usable and engine.occupied():
             engine.abandon(why)
+
+
+def _disown_all() -> None:
+    for engine in {*_busy, *_all}:
+        engine.disown()
+    _busy.clear()
+
+
+os.register_at_fork(after_in_child=_disown_all)
 
 
 def _waker(wake: threading.Condition) -> Callable[[object], None]:

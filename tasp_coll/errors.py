@@ -6,6 +6,7 @@ CollectiveError
 ├── TopologyError (ValueError)          a topology, spec or file that makes no sense, or cannot do what was asked
 ├── ScheduleError                       a schedule that fails its proof
 ├── MismatchError                       ranks disagree about a call
+├── CorruptionError                     data that arrived changed, with TASP_COLL_CHECKSUM=1
 └── PeerTimeoutError (TimeoutError)     peers that did not answer in time
 
 LinkWarning (UserWarning) is no error: it tells of a link that was left out, or is reckoned with as slower.
@@ -55,6 +56,14 @@ class MismatchError(CollectiveError):
 
     def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
         self.ranks = tuple(ranks)
+        super().__init__(message)
+
+
+class CorruptionError(CollectiveError):
+    """Data arrived changed. `ring`, `link` (from rank, to rank) and `step` say where that was first seen."""
+
+    def __init__(self, message: str, *, ring: int, link: tuple[int, int], step: int) -> None:
+        self.ring, self.link, self.step = ring, link, step
         super().__init__(message)
 
 

@@ -46,6 +46,7 @@ class Node:
     send: bool = False
     place: Place | None = None
     action: Action | None = None  # runs on completion, before those that wait for it may go on
+    relays: int | None = None  # of a send: the receive whose bytes it passes on as they came
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Exchange:
 
     def __init__(self, program: Program, transport: Transport, bases: dict[str, int], slot: int, slots: int) -> None:
         self.program, self._bases = program, bases
+        self.faults: list[tuple[int, ...]] = []  # that actions found in the run of now
         self.messages = [i for i, node in enumerate(program.nodes) if node.place is not None]
         ops = []
         for index in self.messages:
@@ -190,6 +192,7 @@ class Flow:
             return
         self.complete = [False] * len(program.nodes)
         self._waits = list(program.waits)
+        exchange.faults.clear()
         self._left = len(program.nodes)
         self._groups = program.groups
         self._unmet = {name: len(group) for name, group in program.marks.items()}

@@ -11,6 +11,7 @@ from typing import Any, overload
 from tasp_coll.errors import TopologyError
 
 Node = int | str  # a rank's number or a switch's name
+LEAST, MOST = 1e-12, 1e12  # of rates and latencies that are not 0: times that follow from them are numbers too
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +116,29 @@ def rate_fault(GBps: object, latency_us: object) -> tuple[str, str] | None:
             return name, f"must be a number, got {value!r}"
         if not 0 <= number < math.inf or (number == 0 and rule == "> 0"):
             return name, f"must be a finite number {rule}, got {value!r}"
+        if number and not LEAST <= number <= MOST:
+            return name, f"must be in {LEAST:g}..{MOST:g}, got {value!r}"
     return None
 
 
 def check_nodes(name: object, ranks: object, switches: object) -> None:
     """TopologyError for a bad name, number of ranks or list of switches."""
-    if not isinstance(name, str):
-        raise TopologyError(f"name must be a string, got {name!r}")
+    if not isinstance(name, str) or not _is_text(name):
+        raise TopologyError(f"name must be a string that can be shown, got {name!r}")
     if not is_count(ranks):
         raise TopologyError(f"ranks must be an integer >= 1, got {ranks!r}")
     if not isinstance(switches, (tuple, list)):
         raise TopologyError(f"switches must be a list of names, got {switches!r}")
     for i, switch in enumerate(switches):
-        if not isinstance(switch, str) or not switch:
+        if not isinstance(switch, str) or not switch or not _is_text(switch):
             raise TopologyError(f"switches[{i}] must be a name, got {switch!r}")
         if switch in switches[:i]:
             raise TopologyError(f"switches[{i}] must differ from the others, got {switch!r} again")
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be written and shown: no halves of characters, no line ends, nothing that steers a terminal."""
+    return name.isprintable()
 
 
 def canonical(ranks: int, switches: tuple[str, ...], links: Iterable[Link]) -> Sequence[Link]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from tasp_coll import arrays
+from tasp_coll import arrays, checksums
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Arena, Cache, Compiled, Core
@@ -27,7 +27,9 @@ _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
 _READY = b"ready".ljust(16)
-_AGREEING, _MOVING, _CLOSING = "agreeing on the call", "moving data", "closing the call"
+_INTACT, _SPOILT = b"intact".ljust(16), b"spoilt".ljust(16)
+_AGREEING, _MOVING = "agreeing on the call", "moving data"
+_COMPARING, _CLOSING = "comparing checksums", "closing the call"
 _QUICK_POLLS = 32
 Steps = Generator[bool, None, Any]
 V = TypeVar("V")
@@ -56,6 +58,8 @@ class Collective:
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
             if self.send.device is not None:
+                if core.checksums:
+                    raise ArgumentTypeError(f"{checksums.ENVIRONMENT}=1 is for host memory, got an array on a GPU")
                 self.gpu = OnGpu(core.gpu(self.send.device)[0], self.send.kind)
             self.call = self._known_call()
             self.prepare(recv)
@@ -159,6 +163,7 @@ class Collective:
     def _fits(self) -> bool:
         return (
             self.gpu is None
+            and not self.core.checksums
             and self.options.rings is None
             and self.options.algorithm in ("auto", "direct")
             and (self.send.nbytes <= self.core.rounds.capacity)
@@ -172,16 +177,17 @@ class Collective:
         """A small call that was made before, without what larger ones need; unfinished, it is left to `run`."""
         if not self._small:
             return False
-        rounds, pause = self.core.rounds, self.core.transport.pause
-        rounds.post(*self._greet())
+        core = self.core
+        rounds = core.rounds
+        rounds.post(*(self._greeting or self._greet()))
         for _ in range(_QUICK_POLLS):
             if rounds.poll():
                 if not rounds.same(self.call.signature):
                     break
                 self.unpack()
-                self.core.last_choice = self.chosen
+                core.last_choice = self.chosen
                 return True
-            pause(1)
+            core.transport.pause(1)
         self._posted = True
         return False
 
@@ -277,10 +283,10 @@ class Collective:
             return choice_of(options.named, self.collective, core.size, size, options.rings)
         half = self.collective != "allgather" and self.send.dtype in _HALVES
         if self.gpu is not None:
-            situation = replace(core.situation, native=self._gpu_native())
+            situation = replace(core.situation, native=self._gpu_native(), shared=False)
             return rule(situation, self.collective, size, half, core.chooser.costs)
         chosen = core.chooser.choose(core.situation, self.collective, size, half)
-        if chosen.algorithm == "native" and not core.transport.has_native(self.native()):
+        if chosen.algorithm == "native" and (core.checksums or not core.transport.has_native(self.native())):
             return rule(replace(core.situation, native=False), self.collective, size, half, core.chooser.costs)
         return chosen
 
@@ -288,7 +294,10 @@ class Collective:
         """The compiled plan."""
 
         def make() -> Compiled:
-            return Compiled(self.core.transport, self.programs(self._schedule()), self.arena(), self.slot)
+            programs = self.programs(self._schedule())
+            if self.core.checksums:
+                programs = tuple(checksums.checked(program, self.core.rank) for program in programs)
+            return Compiled(self.core.transport, programs, self.arena(), self.slot)
 
         return (yield from self._made(self.core.compiled, self.compiled_key(), make))
 
@@ -328,12 +337,26 @@ class Collective:
 
     def _run_programs(self, compiled: Compiled) -> Steps:
         self.phase = _MOVING
+        faults: list[tuple[int, ...]] = []
         for index, bases in enumerate(self.bases()):
             self.flow = Flow(compiled.exchange(index, bases))
             while not self.flow.done:
                 yield self.flow.poll()
+            faults += [(index, *fault) for fault in self.flow.exchange.faults]
         for dst, src, nbytes in self.own():
             ctypes.memmove(dst, src, nbytes)
+        if self.core.checksums:
+            yield from self._compare(faults)
+
+    def _compare(self, faults: Sequence[tuple[int, ...]]) -> Steps:
+        """After all data has moved: all go on, or all raise what one of them found."""
+        self.phase = _COMPARING
+        rounds, text = self.core.rounds, checksums.encode(faults)
+        rounds.post(Header(_SPOILT if faults else _INTACT, len(text)).packed(), text)
+        while not rounds.poll():
+            yield False
+        if not rounds.same(_INTACT):
+            raise checksums.corruption(self.name, [rounds.text(rank) for rank in range(rounds.size)])
 
     # --- on a GPU
 
@@ -398,6 +421,8 @@ class Collective:
         return (yield from self._made(self.core.launches, self.compiled_key(), make))
 
     def _run_native(self) -> Steps:
+        if self.core.checksums:
+            raise ArgumentError(f"algorithm 'native' cannot be checked: {checksums.ENVIRONMENT} is 1")
         wanted = self.native()
         if not self.core.transport.has_native(wanted):  # the same on all ranks
             raise ArgumentError(

@@ -28,6 +28,8 @@ NVL72_GPUS, NVL72_NVLINK = 72, 900.0
 MI300X_LINK = 64.0
 # Graphs that stand for no product have links of one unit.
 NOMINAL = 1.0
+# Links of other presets than full_mesh:N are held one by one: hypercube:16 has so many.
+MOST_LINKS = 1 << 20
 # H100_NVLINK / NIC_400G, the ratio of cluster:UxM where R is left out.
 CLUSTER_RATIO = Fraction(9)
 
@@ -37,6 +39,7 @@ def _full_mesh(name: str, n: int) -> Topology:
 
 
 def _nvswitch(name: str, n: int) -> Topology:
+    _check_links(name, 2 * n)
     return Topology(name, n, ("nvswitch0",), tuple(_star("nvswitch0", range(n), H100_NVLINK)))
 
 
@@ -45,6 +48,7 @@ def _mi300x(name: str) -> Topology:
 
 
 def _dgx_h100(name: str, nodes: int) -> Topology:
+    _check_links(name, 4 * 8 * nodes)
     links: list[Link] = []
     for u in range(nodes):
         links += _star(f"nvswitch{u}", range(8 * u, 8 * u + 8), H100_NVLINK)
@@ -52,6 +56,7 @@ def _dgx_h100(name: str, nodes: int) -> Topology:
 
 
 def _cluster(name: str, nodes: int, m: int, ratio: Fraction | int = CLUSTER_RATIO) -> Topology:
+    _check_links(name, nodes * m * (m + 1))
     rate = float(ratio * Fraction(NIC_400G))
     links = [Link(m * u + a, m * u + b, rate) for u in range(nodes) for a, b in permutations(range(m), 2)]
     return _joined(name, nodes, m, (), links)
@@ -59,6 +64,7 @@ def _cluster(name: str, nodes: int, m: int, ratio: Fraction | int = CLUSTER_RATI
 
 def _nvl72(name: str, nodes: int) -> Topology:
     """Rank p of every node on the switch of its rail: a GPU's NIC reaches those of the same place in other nodes."""
+    _check_links(name, 4 * NVL72_GPUS * nodes)
     links: list[Link] = []
     for u in range(nodes):
         links += _star(f"nvswitch{u}", range(NVL72_GPUS * u, NVL72_GPUS * (u + 1)), NVL72_NVLINK)
@@ -71,6 +77,7 @@ def _nvl72(name: str, nodes: int) -> Topology:
 
 def _torus(name: str, *sides: int) -> Topology:
     """Ranks row by row, the last coordinate first. A dimension of 2 has one link, not two ways round; one of 1 none."""
+    _check_links(name, sum(min(side - 1, 2) for side in sides) * prod(sides))
     ranks, stride = prod(sides), 1
     links: list[Link] = []
     for side in reversed(sides):
@@ -86,6 +93,11 @@ def _hypercube(name: str, dimensions: int) -> Topology:
     n = 1 << dimensions
     links = tuple(Link(rank, rank ^ (1 << bit), NOMINAL) for rank in range(n) for bit in range(dimensions))
     return Topology(name, n, (), links)
+
+
+def _check_links(name: str, links: int) -> None:
+    if links > MOST_LINKS:
+        raise TopologyError(f"spec must be of {MOST_LINKS} links at most (full_mesh:N of any number), got {name!r}")
 
 
 def _star(switch: str, ranks: range, rate: float) -> Iterator[Link]:

@@ -78,11 +78,13 @@ def gather_program(schedule: Schedule, rank: int, sizes: Sequence[int]) -> Progr
     for step, is_send, peer, key, lane in moves(schedule, rank, cuts):
         whole = cuts.in_shard("send", key) if key[0] == rank else cuts.in_all("recv", key)
         for place in _halves(whole) if schedule.rings else (whole,):
-            node = Node(step, peer, lane, is_send, place)
             if is_send:
-                builder.add(node, () if key[0] == rank else (arrived[place],))
+                source = None if key[0] == rank else arrived[place]
+                node = Node(step, peer, lane, True, place, relays=source)
+                builder.add(node, () if source is None else (source,))
                 continue
             earlier = lanes[peer, lane]
+            node = Node(step, peer, lane, False, place)
             arrived[place] = builder.add(node, earlier[-WINDOW : 1 - WINDOW] if len(earlier) >= WINDOW else ())
             earlier.append(arrived[place])
     return builder.build()
@@ -113,7 +115,7 @@ def all_to_all_program(schedule: Schedule, rank: int, block: int) -> Program:
             builder.add(Node(step, peer, lane, True, Place("send", target * block, block)))
         else:
             source, place = arrived[key]
-            builder.add(Node(step, peer, lane, True, place), (source,))
+            builder.add(Node(step, peer, lane, True, place, relays=source), (source,))
     return builder.build()
 
 
@@ -138,9 +140,9 @@ def kept_gather_program(schedule: Schedule, rank: int, cuts: Cuts, row_bytes: in
     for step, is_send, peer, key, lane in listed:
         if is_send:
             own = key[0] == rank
-            place = cuts.in_shard("send", key) if own else arrived[key][1]
-            node = builder.add(Node(step, peer, lane, True, place), () if own else (arrived[key][0],))
-            forwards[key].append(node)
+            source, place = (None, cuts.in_shard("send", key)) if own else arrived[key]
+            node = Node(step, peer, lane, True, place, relays=source)
+            forwards[key].append(builder.add(node, () if source is None else (source,)))
             continue
         offset, before = slots.take(peer, lane, step, (step, key))
         place = Place("stage", offset, cuts.nbytes(key))

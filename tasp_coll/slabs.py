@@ -120,10 +120,12 @@ class _Relay:
         for number, (step, is_send, peer, key, lane) in enumerate(listed):
             if is_send:
                 after = [self._writer[key]] if key in self._writer else []
+                relays = self._writer.get(key)
                 if gate == "fill":
                     after.append(builder.gate((gate, step), step))
-                node = builder.add(Node(step, peer, lane, True, self.places[key]), after)
-                self._readers.setdefault(key, []).append(node)
+                    relays = None  # the caller has added something
+                node = Node(step, peer, lane, True, self.places[key], relays=relays)
+                self._readers.setdefault(key, []).append(builder.add(node, after))
                 continue
             before = self._before(step + 1, key)
             if before and gate == "release":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
-from tasp_coll import arrays
+from tasp_coll import arrays, checksums
 from tasp_coll.arrivals import Arrival, Chunk, Views
 from tasp_coll.core import Compiled, Core
 from tasp_coll.errors import ArgumentError
@@ -47,19 +47,37 @@ class _Driver:
         try:
             return self.flow.poll()
         except BaseException as error:
-            self.error = self.core.engine.judge(error, self.opened)
+            self._fail(error)
             return True
 
     def open(self, gate: object) -> None:
         """Let go on what waits for the caller."""
         with self.core.engine.lock:
-            self.flow.open(gate)
+            if self.core.engine.broken:  # nothing new may start; whoever waits is told
+                return
+            try:
+                self.flow.open(gate)
+            except BaseException as error:
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = self.core.engine.judge(error, self.opened)
+        if not isinstance(error, Exception):  # Ctrl-C is for whoever is waiting
+            raise error
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Drive until then; raises what went wrong."""
         self.core.engine.drive(lambda: self.error is not None or until(), self.opened, patient=True)
         if self.error is not None:
             raise self.error
+
+    def check(self) -> None:
+        """CorruptionError for what has come, after the rest has come as well: all messages are at home then."""
+        faults = self.flow.exchange.faults
+        if faults:
+            first = checksums.encode(faults).decode()
+            self.finish()
+            raise checksums.corruption(self.opened.name, [first])
 
     def finish(self) -> None:
         """Carry out all that is left, with what is there, and detach."""
@@ -134,6 +152,7 @@ class _Stream(Iterator[Arrival]):
             self._views.over = True
 
     def _hand_over(self, readonly: bool) -> Arrival:
+        self._driver.check()
         step, self._next = self._next, self._next + 1
         driver, program, mark = self._driver, self._program, ("arrived", step)
         self._views = views = Views(driver.opened.send, driver.compiled.arena.memory, readonly)
@@ -154,6 +173,7 @@ class GatherStream(_Stream):
             driver.open(("release", step - 1))
         if step == len(self._program.layout):
             driver.finish()
+            driver.check()
             raise StopIteration
         driver.wait(lambda: driver.flow.reached(("arrived", step)))
         return self._hand_over(readonly=True)
@@ -171,6 +191,7 @@ class ReduceStream(_Stream):
             driver.open(("fill", step - 1))
         if step == len(self._program.layout):
             driver.finish()
+            driver.check()
             raise StopIteration
         # Programs have either the one or the other: sums that come, or memory that is free again.
         driver.wait(lambda: driver.flow.reached(("arrived", step)) and driver.flow.reached(("used", step - 2)))

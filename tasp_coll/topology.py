@@ -22,6 +22,7 @@ from tasp_coll.errors import ArgumentError, ArgumentTypeError, TopologyError
 from tasp_coll.links import Link, MeshLinks, Node, breadth_first, canonical, check_nodes, is_node, neighbours, number_of
 
 ENVIRONMENT = "TASP_COLL_TOPOLOGY"
+_MOST_LISTED = 1 << 25  # of a mesh that are listed one by one, once one of them differs
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,10 @@ class Topology:
         """
         if self.link(a, b) is None and self.link(b, a) is None:
             raise TopologyError(f"topology {self.name!r} has no link between {a!r} and {b!r}")
+        if len(self.links) > _MOST_LISTED:
+            raise TopologyError(
+                f"topology {self.name!r} has {len(self.links)} links: of more than {_MOST_LISTED} none can be left out"
+            )
         links = tuple(link for link in self.links if {link.source, link.target} != {a, b})
         return Topology(f"{self.name} without {a}-{b}", self.ranks, self.switches, links)
 

@@ -1,15 +1,15 @@
-"""Topology files: JSON with every entry checked, errors that name the entry, and atomic writing."""
+"""Topology files: JSON with every entry checked, and errors that name the entry."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tasp_coll.errors import TopologyError
+from tasp_coll.files import read_json, writing
 from tasp_coll.links import Link, LinkError, Node, order
 from tasp_coll.topology import Topology
 
@@ -17,7 +17,7 @@ from tasp_coll.topology import Topology
 def read(path: Path) -> Topology:
     """The topology in a file; TopologyError names the file and the entry at fault."""
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object), path.stem)
+        return _from_json(read_json(path), path.stem if path.stem.isprintable() else ascii(path.stem))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: TopologyError, and bad JSON
         raise TopologyError(f"topology file {str(path)!r}: {error}") from error
 
@@ -25,16 +25,11 @@ def read(path: Path) -> Topology:
 def write(topology: Topology, path: Path) -> None:
     """Write a file that `read` reads back equal; other readers see all of it or nothing."""
     head = {"name": topology.name, "ranks": topology.ranks, "switches": topology.switches}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as out:
-            out.write(json.dumps(head)[:-1] + ', "links": [')
-            for i, entry in enumerate(_entries(topology)):
-                out.write(f"{',' if i else ''}\n  {json.dumps(entry)}")
-            out.write("\n]}\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path) as partial, open(partial, "w", encoding="utf-8") as out:
+        out.write(json.dumps(head)[:-1] + ', "links": [')
+        for i, entry in enumerate(_entries(topology)):
+            out.write(f"{',' if i else ''}\n  {json.dumps(entry)}")
+        out.write("\n]}\n")
 
 
 def _entries(topology: Topology) -> Iterator[dict[str, Node | float | bool]]:
@@ -46,14 +41,6 @@ def _entries(topology: Topology) -> Iterator[dict[str, Node | float | bool]]:
             continue
         ends = {"from": link.source, "to": link.target}
         yield {**ends, "GBps": link.GBps, "latency_us": link.latency_us, "duplex": duplex}
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key may come twice."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise TopologyError(f"keys must come once in an object, got {[key for key, _ in pairs]}")
-    return table
 
 
 def _check_keys(where: str, value: object, required: set[str], optional: set[str]) -> dict[str, Any]:

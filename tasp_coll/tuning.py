@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tasp_coll.decomposition import ring_neighbours
-from tasp_coll.errors import ArgumentError, TopologyError
+from tasp_coll.errors import ArgumentError
+from tasp_coll.files import parse_json, read_bytes, writing
 from tasp_coll.forecast import NATIVE, Case, Choice, choose, direct
 from tasp_coll.hierarchical import MOST_SLICES
 from tasp_coll.schedule import ALGORITHMS, plan
@@ -19,6 +21,7 @@ from tasp_coll.topology import Topology
 
 TUNED_COLLECTIVES = ("allgather", "reduce_scatter", "allreduce")
 _VERSION = 1
+_SHARED = 8  # ranks on one host up to which the direct exchange was seen to win
 _STEPWISE = 1 << 30  # bytes of a shard: so large that links decide alone
 
 
@@ -30,18 +33,21 @@ class Situation:
     given: bool  # someone named the topology; else the full mesh is only a guess
     hosts: int
     native: bool  # has the transport collectives of its own
+    shared: bool = False  # all ranks on one host, arrays in its memory
 
 
 def rule(situation: Situation, collective: str, shard_bytes: int, half: bool, costs: Costs) -> Choice:
     """The built-in rule. half: a dtype whose sums travel in float32, which only the direct exchange avoids.
 
-    On a topology that someone has described the model says what is fastest. Where nothing is known of the links, or
-    where there are none, as in shared memory, the MPI library's own collective is the one to take; small shards travel
-    with the agreement, whatever this says.
+    On a topology that someone has described the model says what is fastest. Where nothing is known of the links the
+    MPI library's own collective is the one to take. Between few ranks that share memory there are no links, and an
+    allgather is copies that can go in any order: the direct exchange never waits for another rank's step. Small shards
+    travel with the agreement, whatever this says.
     """
     topology, native = situation.topology, situation.native and not half
     if not situation.given:
-        return Choice(NATIVE) if native else direct(collective, topology.ranks)
+        free = situation.shared and collective == "allgather" and topology.ranks <= _SHARED
+        return Choice(NATIVE) if native and not free else direct(collective, topology.ranks)
     algorithms = (*ALGORITHMS, NATIVE) if native else ALGORITHMS
     return choose(Case(topology, collective, shard_bytes, algorithms, half, costs))
 
@@ -74,19 +80,20 @@ class Chooser:
         return next((choice for _, size, choice in rows if shard_bytes <= size), rows[-1][2])
 
     def dump(self) -> str:
-        """As text."""
+        """As text. A cost without limit is left out: JSON has no infinity."""
         rows = [[collective, size, *choice] for collective, size, choice in self.table]
-        return json.dumps({"version": _VERSION, "table": rows, "costs": asdict(self.costs)})
+        costs = {name: value for name, value in asdict(self.costs).items() if math.isfinite(value)}
+        return json.dumps({"version": _VERSION, "table": rows, "costs": costs})
 
     @classmethod
     def load(cls, text: str) -> Chooser:
         """From text; ArgumentError that says what is wrong with it."""
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             if found["version"] != _VERSION:
                 raise ValueError(f"version {found['version']!r} is not {_VERSION}")
             return cls(tuple(_row(row) for row in found["table"]), Costs(**found.get("costs", {})))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ArgumentError(f"the tuned table is not valid: {error}") from error
 
 
@@ -112,11 +119,11 @@ def cache_file(situation: Situation, transport: str) -> Path:
 def read(path: Path, topology: Topology) -> Chooser:
     """The table in a file; an empty one if there is none, or if it cannot be used on this topology."""
     try:
-        found = Chooser.load(path.read_text(encoding="utf-8"))
-        for _, _, choice in found.table:
+        found = Chooser.load(read_bytes(path).decode("utf-8"))
+        for choice in {choice for _, _, choice in found.table}:
             _check_choice(choice, topology)
         return found
-    except (OSError, ArgumentError, TopologyError, UnicodeError):
+    except (OSError, ValueError):  # ArgumentError, TopologyError and what is no UTF-8 are ValueErrors
         return Chooser()
 
 
@@ -133,6 +140,5 @@ def _check_choice(choice: Choice, topology: Topology) -> None:
 def write(path: Path, chooser: Chooser) -> None:
     """Keep a table; readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(chooser.dump(), encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path) as partial:
+        partial.write_text(chooser.dump(), encoding="utf-8")

@@ -56,6 +56,7 @@ class Driver(Protocol):
 
     timeout: float
     transport: Transport
+    broken: str | None
 
     def drive(self, until: Callable[[], bool], operation: Operation, *, patient: bool = False) -> None:
         """Make progress until then."""
@@ -165,7 +166,9 @@ class Watch:
             self._engine.transport.pause(self.idle)
 
     def look(self, restart: bool = False) -> None:
-        """Raise PeerTimeoutError if it is time."""
+        """Raise PeerTimeoutError if it is time, CollectiveError if another thread has given up."""
+        if self._engine.broken:
+            raise CollectiveError(self._engine.broken)
         now = time.monotonic()
         if restart or not self._since:
             self._since = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,6 +166,13 @@ def test_nothing_is_predicted_where_no_topology_is_known(counted: Callable[[str]
         assert rule(situation("full_mesh:8", False, False), "allgather", size, False, TCP) == Choice("direct", None, 1)
         assert rule(situation("full_mesh:8", False), "allreduce", size, True, TCP) == Choice("direct", None, 7)
     assert calls == []
+
+
+def test_an_allgather_in_shared_memory_is_a_direct_exchange_between_few_ranks() -> None:
+    few, many = (replace(situation(f"full_mesh:{n}", given=False), shared=True) for n in (4, 64))
+    assert rule(few, "allgather", MIB, False, TCP) == Choice("direct", None, 1)
+    assert rule(few, "allreduce", MIB, False, TCP) == Choice("native")
+    assert rule(many, "allgather", MIB, False, TCP) == Choice("native")
 
 
 def test_the_rule_does_without_what_the_transport_has_not() -> None:

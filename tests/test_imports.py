@@ -18,7 +18,7 @@ HEAVY = ("mpi4py", "cupy", "torch", "jax", "ml_dtypes", "matplotlib", "ortools",
 # The rooms in the order in which data flows through them. A module imports from its own room, as listed from left
 # to right, and from rooms above. A new module needs a place here.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "errors": ("errors",),
+    "errors": ("errors", "files", "forks"),
     "topology": ("links", "grids", "nodes", "cutbound", "topology", "presets", "topology_file", "discovery"),
     "decomposition": (
         *(
@@ -45,12 +45,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "simulate_formulas",
     ),
     "arrays": ("frameworks", "arrays", "reduction"),
-    "transport": ("transport", "transport.loopback", "transport.mpi", "transport.torch"),
-    "executor": ("executor", "launches", "programs", "slabs", "reduce_programs", "transport.nccl"),
+    "transport": ("transport", "transport.pool", "transport.loopback", "transport.mpi", "transport.torch"),
+    "links that heal": (
+        *("transport.rates", "transport.frames", "transport.relay", "transport.doubts", "transport.boxes"),
+        "transport.healing",
+    ),
+    "executor": ("executor", "checksums", "launches", "programs", "slabs", "reduce_programs", "transport.nccl"),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "device", "core"),
     "bootstrap": ("bootstrap", "linkup"),
+    "healing": ("healing",),
     "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
     "communicator": ("communicator", "functions", "probe"),
     "torch back end": ("torch_forms", "torch_works", "torch_backend"),
@@ -68,6 +73,7 @@ BACKWARDS = {
 # Narrower than the order: all that these may know of the package.
 ONLY: dict[str, set[str]] = {
     "errors": set(),
+    "forks": {"errors"},
     "grids": set(),
     "nodes": {"links"},
     "cutbound": {"grids", "nodes"},
@@ -77,9 +83,13 @@ ONLY: dict[str, set[str]] = {
     "reduction": {"errors"},
     "arrays": {"errors", "frameworks"},
     "transport": set(),
-    "transport.loopback": {"errors", "transport"},
-    "transport.mpi": {"errors", "transport"},
-    "transport.torch": {"errors", "transport"},
+    "transport.loopback": {"errors", "transport", "transport.pool"},
+    "transport.mpi": {"errors", "forks", "transport"},
+    "transport.torch": {"errors", "forks", "transport", "transport.pool"},
+    "transport.rates": set(),
+    "transport.doubts": set(),
+    "transport.frames": {"transport.rates"},
+    "transport.relay": {"transport", "transport.frames"},
     "transport.nccl": {"errors", "executor", "launches"},
     "executor": {"transport"},
     "work": {"errors", "transport"},

@@ -14,9 +14,9 @@ from loopback_ranks import on_ranks
 from tasp_coll import Communicator, Link, Ring, Rows, Schedule, Topology, Transfer
 
 NAMES = """
-    ArgumentError ArgumentTypeError CollectiveError Communicator Link LinkWarning MismatchError PeerTimeoutError Ring
-    Rows Schedule ScheduleError Topology TopologyError Transfer all_to_all allgather_steps decompose
-    decomposed_allgather decomposed_allgatherv decomposed_allreduce decomposed_reduce_scatter plan
+    ArgumentError ArgumentTypeError CollectiveError Communicator CorruptionError Link LinkWarning MismatchError
+    PeerTimeoutError Ring Rows Schedule ScheduleError Topology TopologyError Transfer all_to_all allgather_steps
+    decompose decomposed_allgather decomposed_allgatherv decomposed_allreduce decomposed_reduce_scatter plan
     reduce_scatter_steps ring_neighbours
 """
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
@@ -114,6 +114,7 @@ def test_errors_are_one_tree_and_also_what_python_calls_them() -> None:
         tasp_coll.TopologyError: (tasp_coll.CollectiveError, ValueError),
         tasp_coll.ScheduleError: (tasp_coll.CollectiveError,),
         tasp_coll.MismatchError: (tasp_coll.CollectiveError,),
+        tasp_coll.CorruptionError: (tasp_coll.CollectiveError,),
         tasp_coll.PeerTimeoutError: (tasp_coll.CollectiveError, TimeoutError),
         tasp_coll.LinkWarning: (UserWarning,),
     }

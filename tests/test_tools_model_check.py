@@ -11,6 +11,7 @@ import pytest
 import model_check
 from model_check import Check, checks_of, main
 from model_check_cases import CASES
+from results_file import ResultsError
 from tasp_coll import Topology
 
 
@@ -35,14 +36,22 @@ def test_cases_have_names_of_their_own_and_topologies_that_exist(tmp_path: Path)
         assert case.topology in case.command
 
 
-def test_what_files_have() -> None:
-    assert list(checks_of(told((110.0, 100.0), (None, 5.0)), "x")) == [Check("x", "a0 8", 110.0, 100.0)]
+def test_what_files_have(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(told((110.0, 100.0), (None, 5.0))))
+    assert list(checks_of(path, "x")) == [Check("x", "a0 8", 110.0, 100.0)]
     attention = {"method": "tasp", "ccr": 0.5, "predicted_us": 90.0, "time_us": {"median": 100.0}}
-    (check,) = checks_of({"results": [attention]}, "y")
+    path.write_text(json.dumps({"results": [attention]}))
+    (check,) = checks_of(path, "y")
     assert check.error == pytest.approx(-0.1)
     assert check.what == "tasp CCR 0.50"
-    with pytest.raises(model_check.CaseError, match="z: not a result"):
-        list(checks_of({}, "z"))
+    for text, rule in (
+        ("{}", "list of results"),
+        ('{"results": [{"predicted_us": "1"}]}', r"\[0\].predicted_us must be"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ResultsError, match=rf"run\.json.*{rule}"):
+            list(checks_of(path, "z"))
 
 
 @pytest.mark.parametrize(

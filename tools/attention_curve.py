@@ -9,14 +9,15 @@ carry data, against one ring.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import perf_plot
+import results_file
 from attention.forecast import overlapped
+from tasp_coll.files import writing
 
 _COLUMNS = (
     ("ccr", 7),
@@ -28,6 +29,7 @@ _COLUMNS = (
     ("of ideal", 9),
     ("ring/its ideal", 15),
 )
+_OTHERS = ("ring", "allgather", "ulysses")
 
 
 class Point(NamedTuple):
@@ -52,20 +54,18 @@ def ideal(ccr: float, ranks: int) -> float:
 
 def read(path: Path) -> Point:
     """A run's file; ValueError that says what is missing in it."""
-    told = json.loads(path.read_text())
-    results = {result["method"]: result for result in told.get("results", [])}
-    if told.get("tool") != "attention_perf" or not {"tasp", "ring"} <= set(results):
-        raise ValueError(f"{path} is no result of attention_perf.py with tasp and ring")
-    tasp, ring = results["tasp"], results["ring"]
-    if not tasp["ccr"] or not ring["ideal_us"]:
-        raise ValueError(f"{path} has no communication in it")
-    over = {name: _ratio(results.get(name), tasp) for name in ("ring", "allgather", "ulysses")}
-    ring_over_ideal = ring["time_us"]["median"] / ring["ideal_us"]
-    return Point(tasp["ccr"], tasp["causal"], told["world_size"], over, ring_over_ideal)
-
-
-def _ratio(result: Any, tasp: Any) -> float | None:
-    return None if result is None else result["time_us"]["median"] / tasp["time_us"]["median"]
+    top, results = results_file.read(path)
+    by_method = {result.text("method"): result for result in results if top.value.get("tool") == "attention_perf"}
+    if not {"tasp", "ring"} <= by_method.keys():
+        raise results_file.ResultsError(f"{path} is no result of attention_perf.py with tasp and ring")
+    tasp, ring = by_method["tasp"], by_method["ring"]
+    if not tasp.value.get("ccr") or not ring.value.get("ideal_us"):
+        raise results_file.ResultsError(f"{path} has no communication in it")
+    medians = {method: result.entry("time_us").number("median") for method, result in by_method.items()}
+    over = {name: medians[name] / medians["tasp"] if name in medians else None for name in _OTHERS}
+    causal = tasp.value.get("causal") is True
+    ranks = top.count("world_size", 2)
+    return Point(tasp.number("ccr"), causal, ranks, over, medians["ring"] / ring.number("ideal_us"))
 
 
 def table(points: Sequence[Point]) -> str:
@@ -111,22 +111,28 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        prog="attention_curve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="written by attention_perf.py --json")
+    command.add_argument(
+        "--plot", type=perf_plot.picture, metavar="PATH", help="draw it (.png, .pdf, .svg); needs matplotlib"
+    )
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="attention_curve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="written by attention_perf.py --json")
-    parser.add_argument(
-        "--plot", type=perf_plot.picture, metavar="PATH", help="draw it (.png, .pdf, .svg); needs matplotlib"
-    )
-    asked = parser.parse_args(argv)
+    """Run the command; its exit status. Wrong usage leaves by SystemExit(2)."""
+    asked = parser().parse_args(argv)
     try:
         points = sorted((read(path) for path in asked.runs), key=lambda point: (point.ccr, point.causal))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         print(f"attention_curve.py: {error}", file=sys.stderr)
         return 2
     print(table(points))

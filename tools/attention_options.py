@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf_options import Parser, integer, seconds_of
+from perf_options import LARGEST, Parser, integer, seconds_of
 from tasp_coll.presets import KNOWN_SPECS
 
 TOOL = "attention_perf"
@@ -163,7 +163,7 @@ def count(text: str) -> int:
     """Tokens: 1000, 64K, 1M; K is 1024."""
     found = _COUNT.fullmatch(text.strip())
     number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
-    if not found or number < 1 or number != int(number):
+    if not 1 <= number < LARGEST or number != int(number):
         raise argparse.ArgumentTypeError(f"must be a number of tokens >= 1 such as 1000, 64K or 1M, got {text!r}")
     return int(number)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from attention_report import Result
+from tasp_coll.files import writing
 
 _PARTS = (
     ("compute", "compute", "tab:blue"),
@@ -46,4 +47,5 @@ def draw(path: Path, title: str, results: Sequence[Result]) -> None:
     handles, labels = axes.get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
     axes.legend(list(known.values()), list(known))
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)

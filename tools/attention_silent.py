@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tasp_coll.agreement import CONTROL_LANE
-from tasp_coll.transport import Batch, NativeCall, NativeRequest, Op, Transport
+from tasp_coll.transport import Alarms, Batch, NativeCall, NativeRequest, Op, Pool, Transport
 
 
 class SilentTransport:
@@ -42,10 +42,17 @@ class SilentTransport:
     def pause(self, idle: int) -> None:
         self._inner.pause(idle)
 
-    def alarm(self) -> None:
-        self._inner.alarm()
+    def pool(self) -> Pool:
+        return self._inner.pool()
 
-    def alarms(self) -> set[int]:
+    @property
+    def last_event(self) -> float:
+        return self._inner.last_event
+
+    def alarm(self, missing: Collection[int] | None = None) -> None:
+        self._inner.alarm(missing)
+
+    def alarms(self) -> Alarms:
         return self._inner.alarms()
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:

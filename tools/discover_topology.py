@@ -18,6 +18,7 @@ import perf_plot
 import tasp_coll
 from perf_options import Parser, integer, seconds_of
 from tasp_coll.discovery import Measured, infer
+from tasp_coll.files import writing
 from tasp_coll.probe import Work, measure
 from tasp_coll.topology import Topology
 
@@ -93,7 +94,8 @@ def draw(path: Path, title: str, measured: Measured) -> None:
         drawing.colorbar(shown, ax=axes, shrink=0.8)
         axes.set(title=name, xlabel="target rank", ylabel="source rank")
     drawing.suptitle(title)
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
 
 
 def bar(work: list[Work]) -> Iterable[Work]:
@@ -131,7 +133,8 @@ def report(asked: argparse.Namespace, comm: tasp_coll.Communicator, measured: Me
     except tasp_coll.TopologyError as error:
         print(f"discover_topology.py: {error}", file=sys.stderr)
     if asked.json is not None:
-        asked.json.write_text(json.dumps(facts(comm, measured, topology)) + "\n", encoding="utf-8")
+        with writing(asked.json) as partial:
+            partial.write_text(json.dumps(facts(comm, measured, topology)) + "\n", encoding="utf-8")
     if asked.plot is not None:
         draw(asked.plot, topology.name if topology else f"{comm.size} ranks, no topology recognised", measured)
     if asked.save is not None and topology is not None:

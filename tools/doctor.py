@@ -58,7 +58,7 @@ def seconds(text: str) -> float:
 def output(text: str) -> Path:
     """A file that can be written."""
     path = Path(text)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK) or len(os.fsencode(path.name)) > 255:
         raise argparse.ArgumentTypeError(f"must be a file in a directory that can be written to, got {text!r}")
     return path
 

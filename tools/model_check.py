@@ -12,7 +12,7 @@ Exit status: 0 if the median error is at most 5 % and none above 15 %, 1 if not,
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,8 +23,10 @@ from statistics import median
 from typing import Any
 
 import perf_plot
+import results_file
 from model_check_cases import CASES, CheckCase
 from perf_report import write_json
+from tasp_coll.files import writing
 
 TOOL = "model_check"
 MEDIAN, WORST = 0.05, 0.15
@@ -52,19 +54,22 @@ class Check:
 
 
 class CaseError(Exception):
-    """A case that could not be run, or a file that is no result."""
+    """A case that could not be run."""
 
 
-def checks_of(told: Any, case: str) -> Iterator[Check]:
+def checks_of(path: Path, case: str) -> Iterator[Check]:
     """What a result file has of predictions."""
-    if not isinstance(told, dict) or not isinstance(told.get("results"), list):
-        raise CaseError(f"{case}: not a result of a bandwidth test or of attention_perf.py")
-    for result in told["results"]:
-        predicted, measured = result.get("predicted_us"), result.get("time_us", {}).get("median")
-        if predicted and measured:
-            name = result.get("method") or result["algorithm"]
-            size = f" {result['size_bytes']}" if "size_bytes" in result else f" CCR {result['ccr']:.2f}"
-            yield Check(case, name + size, predicted, measured)
+    for result in results_file.read(path)[1]:
+        predicted = result.number_if_any("predicted_us")
+        if predicted is None or not result.value.get("time_us"):
+            continue
+        name = result.text("method", "algorithm")
+        size = (
+            f" {result.number('size_bytes'):.0f}"
+            if "size_bytes" in result.value
+            else f" CCR {result.number('ccr'):.2f}"
+        )
+        yield Check(case, name + size, predicted, result.entry("time_us").number("median"))
 
 
 def run(case: CheckCase, folder: Path) -> list[Check]:
@@ -79,7 +84,7 @@ def run(case: CheckCase, folder: Path) -> list[Check]:
     if ended.returncode:
         lines = (ended.stderr or ended.stdout).strip().splitlines()
         raise CaseError(f"{case.name}: exit status {ended.returncode}: {lines[-1] if lines else ''}")
-    return list(checks_of(json.loads(path.read_text()), case.name))
+    return list(checks_of(path, case.name))
 
 
 def row(check: Check) -> str:
@@ -118,19 +123,20 @@ def draw(path: Path, checks: Sequence[Check]) -> None:
     axes.set(title="cost model against virtual clusters", xlabel="measured (ms)", ylabel="predicted (ms)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6, ncols=2)
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    asked = _parser().parse_args(argv)
+    asked = parser().parse_args(argv)
     print(f"# {_COLUMNS[0]:30} {_COLUMNS[1]:24} {'model (ms)':>12} {'seen (ms)':>12} {_COLUMNS[4]:>9}", flush=True)
     found: list[Check] = []
     try:
         for check in _read(asked.results) if asked.results else _measured(asked.only, asked.keep):
             found.append(check)
             print(row(check), flush=True)
-    except (CaseError, OSError, ValueError, KeyError) as error:
+    except (CaseError, OSError, ValueError) as error:
         print(f"{TOOL}.py: {error}", file=sys.stderr)
         return 2
     if not found:
@@ -147,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read(paths: Sequence[Path]) -> Iterator[Check]:
     for path in paths:
-        yield from checks_of(json.loads(path.read_text()), path.stem)
+        yield from checks_of(path, path.stem)
 
 
 def _measured(only: Sequence[str] | None, keep: Path | None) -> Iterator[Check]:
@@ -158,27 +164,28 @@ def _measured(only: Sequence[str] | None, keep: Path | None) -> Iterator[Check]:
 
 
 def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
+    if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
     return Path(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     names = "\n".join(f"  {case.name:30} {case.command}" for case in CASES)
-    parser = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog=f"{TOOL}.py",
         description=__doc__,
         epilog=f"cases, each on tools/virtual_cluster.py\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add = command.add_argument
     add("--only", action="append", metavar="PART", help="cases with this in their name; repeatable")
     add("--results", type=Path, nargs="+", metavar="RUN.json", help="run nothing, read these files instead")
     add("--keep", type=_folder, metavar="DIR", help="leave the results of the tools in this folder")
     add("-J", "--json", type=Path, metavar="PATH", help="write all of it")
     add("--plot", type=perf_plot.picture, metavar="PATH", help="draw it (.png, .pdf, .svg); needs matplotlib")
-    return parser
+    return command
 
 
 if __name__ == "__main__":

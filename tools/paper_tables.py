@@ -45,6 +45,7 @@ from paper_figures import (
 )
 from perf_report import write_json
 from tasp_coll import Topology, plan
+from tasp_coll.files import writing
 from tasp_coll.simulate import predict
 
 TOOL = "paper_tables"
@@ -201,17 +202,23 @@ def draw(path: Path, rows: Sequence[Compared]) -> None:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set(xlabel="times as fast as ring attention")
     axes.legend()
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        prog=f"{TOOL}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("-J", "--json", type=Path, metavar="PATH", help="write all of it")
+    command.add_argument("--plot", type=perf_plot.picture, metavar="PATH", help="draw it (.png, .pdf, .svg)")
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=f"{TOOL}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-J", "--json", type=Path, metavar="PATH", help="write all of it")
-    parser.add_argument("--plot", type=perf_plot.picture, metavar="PATH", help="draw it (.png, .pdf, .svg)")
-    asked = parser.parse_args(argv)
+    """Run the command; its exit status. Wrong usage leaves by SystemExit(2)."""
+    asked = parser().parse_args(argv)
     parameters = fit()
     rows = compared(parameters)
     print("\n".join(table(rows, parameters)))

@@ -73,12 +73,17 @@ def check_outputs(world: MPI.Intracomm, paths: Mapping[str, Path | None]) -> Non
     fault = ""
     if world.rank == 0:
         for flag, path in paths.items():
-            if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            if path is not None and not can_write(path):
                 fault = fault or f"{flag} must be a file in a directory that can be written to, got {str(path)!r}"
         if (plot := paths.get("--plot")) is not None:
             fault = fault or perf_plot.fault(plot)
     if fault := world.bcast(fault):
         raise Unsupported(fault)
+
+
+def can_write(path: Path) -> bool:
+    """Whether this can be a file, of a name that is not too long, in a directory that can be written to."""
+    return os.access(path.absolute().parent, os.W_OK) and not os.path.isdir(path) and len(os.fsencode(path.name)) < 256
 
 
 def communicator(topology: str | None, timeout: float | None, group: object = None) -> tasp_coll.Communicator:

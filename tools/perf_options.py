@@ -19,6 +19,7 @@ PEERS = ("mpi4py", "gloo")
 HEALING = "healing"
 NAMES = (*OURS, HEALING, *PEERS)
 DEFAULT = (*ALGORITHMS, "native")
+LARGEST = 1 << 63  # of any number: more does not fit into what counts bytes and calls
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
 
@@ -192,7 +193,7 @@ def size(text: str) -> int:
     """Bytes: 8, 64K, 1.5M, 2G; K is 1024."""
     found = _SIZE.fullmatch(text.strip())
     number = float(found[1]) * 1024 ** _UNITS[found[2].upper()] if found else 0.0
-    if not found or number < 1 or number != int(number):
+    if not 1 <= number < LARGEST or number != int(number):
         raise argparse.ArgumentTypeError(f"must be a number of bytes >= 1 such as 8, 64K, 1M or 2G, got {text!r}")
     return int(number)
 
@@ -201,7 +202,7 @@ def integer(low: int) -> Any:
     """The type of an integer of at least `low`."""
 
     def checked(text: str) -> int:
-        if not re.fullmatch(r"\d+", text.strip()) or int(text) < low:
+        if not re.fullmatch(r"\d{1,19}", text.strip()) or not low <= int(text) < LARGEST:
             raise argparse.ArgumentTypeError(f"must be an integer >= {low}, got {text!r}")
         return int(text)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perf_report import Result
+from tasp_coll.files import writing
 
 _FORMATS = (".png", ".svg", ".pdf")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -54,7 +55,8 @@ def draw(path: Path, title: str, size_means: str, results: Sequence[Result], alg
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
 
 
 def _readable(size: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 from perf_collective import Extent
 from perf_data import Dtype
+from tasp_coll.files import writing
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,9 @@ class Recorded(Protocol):
 
 def write_json(path: Path, head: Mapping[str, Any], results: Sequence[Recorded]) -> None:
     """Write the file; readers see all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps({**head, "results": [each.record() for each in results]}, indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    told = json.dumps({**head, "results": [each.record() for each in results]}, indent=1)
+    with writing(path) as partial:
+        partial.write_text(told + "\n", encoding="utf-8")
 
 
 def line(cells: Sequence[str], widths: Sequence[int]) -> str:

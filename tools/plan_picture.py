@@ -12,6 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Patch, Rectangle
 
+from tasp_coll.files import writing
 from tasp_coll.links import Node
 from tasp_coll.topology import Topology
 
@@ -38,7 +39,8 @@ def draw(view: View, path: Path) -> None:
     _draw_circle(left, view, drawn)
     _draw_grid(right, view, drawn)
     figure.suptitle(_title(view), fontsize=15, fontweight="bold")
-    figure.savefig(path, dpi=110)
+    with writing(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def _title(view: View) -> str:

@@ -17,6 +17,8 @@ from tasp_coll.patterns import Rows
 from tasp_coll.simulate import LINKS_ALONE, Costs, Prediction, predict
 from tasp_coll.topology import turned
 
+MOST_CHUNKS = 1 << 22  # of all shards: 2048 ranks of a full mesh
+
 
 class Move(NamedTuple):
     """What the chosen rank sends to, or receives from, `peer`: chunk `chunk` of `origin`'s shard."""
@@ -107,6 +109,10 @@ def view_of(schedule: Schedule, rank: int = 0, shard_bytes: int = 1 << 20, costs
     """Prove a schedule made by `plan` and gather what is told of it. Raises ScheduleError if the proof fails."""
     if not 0 <= rank < schedule.ranks:
         raise ArgumentError(f"rank must be from 0 to {schedule.ranks - 1}, got {rank}")
+    if schedule.ranks * schedule.chunks > MOST_CHUNKS:
+        raise ArgumentError(
+            f"{schedule.chunks} chunks of {schedule.ranks} ranks are too many to show: take fewer --rings"
+        )
     method, proof_seconds = prove(schedule)
     sends, receives = map(_moves, schedule.pattern.moves(rank))
     return View(

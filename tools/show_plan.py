@@ -15,6 +15,7 @@ from perf_options import size
 from plan_text import text_of
 from plan_view import View, json_of, view_of
 from tasp_coll import ArgumentError, ScheduleError, TopologyError, plan
+from tasp_coll.files import writing
 from tasp_coll.forecast import TIE
 from tasp_coll.presets import KNOWN_SPECS
 from tasp_coll.schedule import ALGORITHMS, COLLECTIVES
@@ -64,6 +65,9 @@ exit status: 0 the plan is proved, 1 it fails its proof, 2 it cannot be made as 
 """
 
 
+MOST_ROWS = 1 << 32  # of a shard: so that all loads fit into 64 bits
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells what is wrong in one line."""
 
@@ -76,9 +80,12 @@ class _Parser(argparse.ArgumentParser):
 def row_counts(text: str) -> tuple[int, ...]:
     """Row counts from a list with commas."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        counts = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be integers with commas between, got {text!r}") from None
+        counts = (-1,)
+    if not all(0 <= count < MOST_ROWS for count in counts):
+        raise argparse.ArgumentTypeError(f"must be integers >= 0 with commas between, got {text!r}")
+    return counts
 
 
 def microseconds(text: str) -> float:
@@ -126,7 +133,8 @@ def parser() -> argparse.ArgumentParser:
 def write(view: View, json_path: Path | None, picture_path: Path | None) -> Iterator[Path]:
     """Write the files asked for; the paths of those written."""
     if json_path is not None:
-        json_path.write_text(json.dumps(json_of(view)) + "\n", encoding="utf-8")
+        with writing(json_path) as partial:
+            partial.write_text(json.dumps(json_of(view)) + "\n", encoding="utf-8")
         yield json_path
     if picture_path is not None:
         try:

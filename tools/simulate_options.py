@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import perf_plot
 from attention.forecast import Device
-from perf_options import integer
+from perf_options import LARGEST, integer
 from tasp_coll.links import Node
 from tasp_coll.presets import KNOWN_SPECS
 from tasp_coll.simulate import Costs
@@ -188,7 +188,7 @@ def count(text: str) -> int:
     """1000, 64K, 1M, 2G; K is 1024."""
     found = _NUMBER.fullmatch(text.strip())
     number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
-    if not found or number < 1 or number != int(number):
+    if not 1 <= number < LARGEST or number != int(number):
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1 such as 1000, 64K or 1M, got {text!r}")
     return int(number)
 

@@ -11,6 +11,7 @@ from attention.forecast import METHODS, Phase
 from simulate_model import attention_at, problem_of
 from simulate_options import Options
 from tasp_coll import Topology
+from tasp_coll.files import writing
 
 _COLOURS = dict(zip(METHODS, ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"), strict=True))
 _BATCHES = tuple(1 << power for power in range(8))
@@ -26,7 +27,8 @@ def draw(path: Path, options: Options, topology: Topology) -> None:
     drawing = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(drawing)
     {"speedup": _speedup, "map": _map, "timeline": _timeline}[options.picture](drawing.subplots(), options, topology)
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)
 
 
 def _speedup(axes: Any, options: Options, topology: Topology) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import perf_plot
 import tasp_coll
+import train_lm_checkpoint
 from perf_collective import Unsupported
-from perf_launch import communicator, launch
+from perf_launch import can_write, communicator, launch
 from tasp_coll.bootstrap import launched_ranks
 from train_lm_options import Options, parse
 from train_lm_report import TOOL, Report, Step
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch import Tensor
 
-BYTES = 256
 _PACKAGES = "pip install 'tasp-coll[transformers,mpich]'"
 
 
@@ -94,63 +94,37 @@ def _begin(world: MPI.Intracomm, options: Options) -> tuple[Any, Any, int]:
     """Model, optimizer and the steps that they have behind them."""
     import torch
 
-    dtype = torch.float64 if options.dtype == "float64" else torch.float32
-    model, error = None, ""
-    state: dict[str, Any] = {}
+    held, error = None, ""
     try:
-        if options.resume is None:
-            model = _new_model(options)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(
-                options.resume, attn_implementation="tasp", local_files_only=True
-            )
-            state = torch.load(options.resume / "training.pt", weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as caught:
+        held = None if options.resume is None else train_lm_checkpoint.load(options.resume)
+    except train_lm_checkpoint.CheckpointError as caught:
         error = f"--resume must be a checkpoint of --save, got {str(options.resume)!r}: {caught}"
     _agree(world, error)
-    assert model is not None
-    model.to(dtype).train()
+    model = _new_model(options) if held is None else held.model
+    model.to(torch.float64 if options.dtype == "float64" else torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-    return model, optimizer, state.get("step", 0)
+    if held is None:
+        return model, optimizer, 0
+    held.restore(optimizer)
+    return model, optimizer, held.step
 
 
 def _new_model(options: Options) -> Any:
-    """A Llama of random weights, or with a window a Mistral, which is a Llama that has one."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-    shape = {
-        "vocab_size": BYTES,
+    sizes = {
         "hidden_size": options.width,
         "intermediate_size": -(-options.width * 8 // 24) * 8,
         "num_hidden_layers": options.depth,
         "num_attention_heads": options.heads,
         "num_key_value_heads": options.kv_heads or options.heads,
         "max_position_embeddings": options.seq_len,
-        "bos_token_id": None,
-        "eos_token_id": None,
     }
-    if options.window is None:
-        return LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="tasp")
-    config = MistralConfig(**shape, sliding_window=options.window)
-    return MistralForCausalLM._from_config(config, attn_implementation="tasp")
+    return train_lm_checkpoint.new_model(sizes, options.window)
 
 
 def _save(world: MPI.Intracomm, options: Options, model: Any, optimizer: Any, step: int) -> None:
-    """Rank 0 writes the checkpoint beside its place, then moves the files there; the others wait for it."""
-    import torch
-
+    """Rank 0 writes the checkpoint; the others wait for it."""
     if world.rank == 0 and options.save is not None:
-        partial = options.save.with_name(f".{options.save.name}.{os.getpid()}.partial")
-        model.save_pretrained(partial)
-        torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "training.pt")
-        options.save.mkdir(exist_ok=True)
-        for file in partial.iterdir():
-            os.replace(file, options.save / file.name)
-        partial.rmdir()
+        train_lm_checkpoint.save(options.save, model, optimizer, step)
     world.barrier()
 
 
@@ -179,8 +153,9 @@ def _check(world: MPI.Intracomm, options: Options) -> None:
     if world.size == 1 and launched is not None and launched > 1:
         raise Unsupported(f"{launched} ranks were started by an mpiexec of another MPI than mpi4py's: {_PACKAGES}")
     error = ""
-    if options.resume is not None and not (options.resume / "training.pt").is_file():
-        error = f"--resume must be a checkpoint of --save, with training.pt, got {str(options.resume)!r}"
+    if options.resume is not None and not os.path.isfile(options.resume / train_lm_checkpoint.TRAINING):
+        name = train_lm_checkpoint.TRAINING
+        error = f"--resume must be a checkpoint of --save, with {name}, got {str(options.resume)!r}"
     for flag, path in (("--json", options.json), ("--plot", options.plot), ("--save", options.save)):
         if world.rank == 0 and path is not None and not _writable(path, is_file=flag != "--save"):
             kind = "directory" if flag == "--save" else "file"
@@ -205,7 +180,7 @@ def _imports(world: MPI.Intracomm) -> None:
 
 
 def _writable(path: Path, is_file: bool) -> bool:
-    return os.access(path.absolute().parent, os.W_OK) and not (path.is_dir() if is_file else path.is_file())
+    return can_write(path) if is_file else os.access(path.absolute().parent, os.W_OK) and not os.path.isfile(path)
 
 
 def _agree(world: MPI.Intracomm, error: str) -> None:

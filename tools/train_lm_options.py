@@ -152,7 +152,7 @@ columns
 
 files
   --save   config.json and model.safetensors, which LlamaForCausalLM.from_pretrained(DIR) loads anywhere (with --window
-           MistralForCausalLM; AutoModelForCausalLM either), and training.pt, which --resume needs besides
+           MistralForCausalLM; AutoModelForCausalLM either), and training.safetensors, which --resume needs besides
   --json   {{"tool", "version", "world_size", "transport", "topology", "model", "results": [{{"step", "loss",
            "gradient_norm", "seconds", "tokens_per_second"}}]}}; model has parameters, seq_len, batch, dtype and method
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import tasp_coll
 from perf_report import write_json
+from tasp_coll.files import writing
 from train_lm_options import Options
 
 TOOL = "train_lm"
@@ -106,4 +107,5 @@ def _draw(path: Path, title: str, results: Sequence[Step]) -> None:
     axes.plot([each.step for each in results], [each.loss for each in results])
     axes.set(title=title, xlabel="step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)
-    drawing.savefig(path, dpi=120)
+    with writing(path) as partial:
+        drawing.savefig(partial, dpi=120)

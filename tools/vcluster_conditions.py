@@ -11,6 +11,7 @@ from tasp_coll import ArgumentError
 from vcluster_room import MissingError, Room, RoomError, python, tool
 from vcluster_wiring import BRIDGE_DEVICE, Port, Wiring
 
+MOST_DELAY_MS, MOST_SLOWER = 1e6, 1e9
 _LINE = Path(__file__).with_name("vcluster_line.py")
 _NO_FILTERS = "filters (CONFIG_NET_CLS_BPF, cls_bpf; CONFIG_NET_SCH_INGRESS, sch_ingress), which lose packets"
 _NO_DELAYS = (
@@ -28,6 +29,16 @@ class Condition:
     lossy: float = 0.0
     delayed_ms: float = 0.0
     jitter_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("slower", 1, MOST_SLOWER),
+            ("lossy", 0, 1),
+            ("delayed_ms", 0, MOST_DELAY_MS),
+            ("jitter_ms", 0, self.delayed_ms),
+        ):
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ArgumentError(f"{name} must be in {low:g}..{high:g}, got {value!r}")
 
     def __str__(self) -> str:
         jitter = f" +- {self.jitter_ms:g}" if self.jitter_ms else ""
@@ -47,13 +58,15 @@ class Condition:
             return replace(self, down=True)
         amount = amount or 0.0
         if fault == "slower":
-            if amount < 1:
-                raise ArgumentError(f"slower takes a factor >= 1, got {amount:g}")
+            if not 1 <= amount <= MOST_SLOWER:
+                raise ArgumentError(f"slower takes a factor in 1..{MOST_SLOWER:g}, got {amount:g}")
             return replace(self, slower=amount)
         if fault == "lossy":
             if amount > 100:
                 raise ArgumentError(f"lossy takes a percentage in 0..100, got {amount:g}")
             return replace(self, lossy=amount / 100)
+        if amount > MOST_DELAY_MS:
+            raise ArgumentError(f"delayed takes milliseconds in 0..{MOST_DELAY_MS:g}, got {amount:g}")
         if jitter_ms > amount:
             raise ArgumentError(f"jitter must be at most the delay, {amount:g} ms, got {jitter_ms:g}")
         return replace(self, delayed_ms=amount, jitter_ms=jitter_ms)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from tasp_coll import ArgumentError
+from tasp_coll.files import read_json, writing
 from tasp_coll.links import Node
 from vcluster_conditions import Condition, impose
 from vcluster_registry import Cluster
@@ -64,14 +64,21 @@ def _file(cluster: Cluster, port: Port) -> Path:
 
 def _read(cluster: Cluster, port: Port) -> Condition:
     try:
-        return Condition(**json.loads(_file(cluster, port).read_text(encoding="utf-8")))
+        return read_condition(_file(cluster, port))
     except FileNotFoundError:
         return Condition()
+
+
+def read_condition(path: Path) -> Condition:
+    """What was noted in a file; ArgumentError for what cannot have been."""
+    try:
+        return Condition(**read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"{path}: {error}: take the cluster down") from error
 
 
 def _note(cluster: Cluster, port: Port, condition: Condition) -> None:
     path = _file(cluster, port)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(condition)), encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path) as partial:
+        partial.write_text(json.dumps(asdict(condition)), encoding="utf-8")

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tasp_coll import ArgumentError, Topology
+from tasp_coll.files import read_json, writing
 from vcluster_room import Room
 from vcluster_wiring import Settings, Wiring
 
@@ -29,6 +30,10 @@ class Process:
 
     pid: int
     started: int
+
+    def __post_init__(self) -> None:
+        if not all(type(number) is int and number > 0 for number in (self.pid, self.started)):
+            raise ArgumentError(f"a process has a number and a time of start, got {self.pid!r} and {self.started!r}")
 
     @staticmethod
     def of(pid: int) -> Process | None:
@@ -96,9 +101,8 @@ class Cluster:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _write(self, where: Path) -> None:
-        partial = where / f".{_STATE}.partial"
-        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(partial, where / _STATE)
+        with writing(where / _STATE) as partial:
+            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
 def directory() -> Path:
@@ -164,6 +168,8 @@ def find(name: str | None) -> Cluster:
 
 
 def _read(path: Path) -> Cluster:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = read_json(path)
+    if value["name"] != path.parent.name:  # of which the directory is removed in the end
+        raise ValueError(f"{path} is of another cluster, {value['name']!r}")
     owner, room = (Process(**value[key]) if value[key] else None for key in ("owner", "room"))
     return Cluster(**{**value, "settings": Settings(**value["settings"]), "owner": owner, "room": room})

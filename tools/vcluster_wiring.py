@@ -22,8 +22,16 @@ ETHERNET_BYTES = 14  # counted by shapers, not by the MTU
 TCP_BYTES = 52  # IP and TCP headers with timestamps
 SMALLEST_MTU, LARGEST_MTU = 1280, 65000
 FASTEST_MBIT = 100_000
+MOST_HOSTS = 4096
 _LEAST_QUEUE = 4 << 16  # TCP hands over up to 64 KiB at a time, some of them before it hears of a loss
 _TABLE = 1000  # + a rank: the routes of what that rank sends, where others forward it
+
+
+def checked(topology: Topology) -> Topology:
+    """The topology, if it has not more hosts than can be; else ArgumentError."""
+    if (hosts := topology.ranks + len(topology.switches)) > MOST_HOSTS:
+        raise ArgumentError(f"--topology must have {MOST_HOSTS} ranks and switches at most, got {hosts}")
+    return topology
 
 
 @dataclass(frozen=True)

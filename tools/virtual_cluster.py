@@ -21,14 +21,14 @@ from vcluster_job import Stopped
 from vcluster_options import FAILED, parse
 from vcluster_registry import Cluster
 from vcluster_room import MissingError, Room, RoomError
-from vcluster_wiring import Settings, Wiring
+from vcluster_wiring import Settings, Wiring, checked
 
 
 @contextmanager
 def built(asked: argparse.Namespace, *, stays: bool) -> Iterator[tuple[Cluster, Room]]:
     """The cluster that is asked for; it ends with this context unless it stays and all went well."""
     began = time.monotonic()
-    topology = read_named(asked.topology)
+    topology = checked(read_named(asked.topology))
     mtu = Settings.suited_mtu(topology, asked.link_mbit) if asked.mtu is None else asked.mtu
     settings = Settings(asked.link_mbit, mtu, asked.burst_ms, asked.queue_ms, asked.latency_scale)
     wiring = Wiring(topology, settings)

@@ -17,8 +17,10 @@ import numpy as np
 from mpi4py import MPI
 
 from tasp_coll.errors import CollectiveError
+from tasp_coll.forks import Origin
 from tasp_coll.transport import Alarms, NativeRequest, Op
 
+ORIGIN = Origin("MPI")
 _ALARM_TAG = 0
 _TOLD = -1  # begins an alarm that says who is missed
 _CANCEL_SECONDS = 0.2
@@ -26,6 +28,7 @@ _FINALIZE_SECONDS = 2.0
 _FIRST_TAG = 1
 _SLEEP_POLLS = 5000  # some milliseconds of yielding without news
 _OPS = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
+_start_all, _test_all = MPI.Prequest.Startall, MPI.Request.Testall
 _open: set[MpiTransport] = set()  # also of communicators that were dropped: their requests are freed at exit
 _abandoned: list[Any] = []
 _peers_lost = False
@@ -108,10 +111,9 @@ class MpiTransport:
         return dict(self._alarms)
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
-        """MPI cannot take back a send: keep everything, and see to it that leaving the process ends."""
-        global _peers_lost
-        self._lost, _peers_lost = True, _peers_lost or lost
-        _abandoned.extend([*keep, self, *self._batches])
+        """MPI cannot take back a send."""
+        self._lost = True
+        forsake(*keep, self, *self._batches, lost=lost)
 
     def close(self) -> None:
         _open.discard(self)
@@ -119,6 +121,18 @@ class MpiTransport:
             for batch in list(self._batches):
                 batch.free()
             self.comm.Free()
+
+
+def forsake(*keep: Any, lost: bool) -> None:
+    """Keep what is under way, and see to it that leaving the process ends. lost: peers do not answer any more."""
+    global _peers_lost
+    _peers_lost = _peers_lost or lost
+    _abandoned.extend(keep)
+
+
+def requests_alive() -> int:
+    """Requests that this process holds prepared, of all communicators that are open."""
+    return sum(len(batch.requests) for transport in list(_open) for batch in list(transport._batches))
 
 
 class _MpiBatch:
@@ -134,8 +148,7 @@ class _MpiBatch:
         MPI.Prequest.Startall(fresh)
 
     def start_all(self) -> None:
-        self._active = list(self.requests)
-        MPI.Prequest.Startall(self._active)
+        _start_all(self.requests)
 
     def test_some(self) -> list[int]:
         found = MPI.Request.Testsome(self._active) if self._active else None
@@ -150,11 +163,8 @@ class _MpiBatch:
 
     def test_all(self) -> bool:
         # More ranks than cores: after a few tests the core is worth more to another rank.
-        active, test = self._active, MPI.Request.Testall
-        done = test(active) or test(active) or test(active)
-        if done:
-            self._active, self._numbers = [], []
-        return done
+        requests = self.requests
+        return _test_all(requests) or _test_all(requests) or _test_all(requests)
 
     def pending(self) -> list[int]:
         return [index for index, request in enumerate(self.requests) if not request.Get_status()]
@@ -264,6 +274,7 @@ _NATIVE = {"allgather": _allgather, "reduce_scatter": _reduce_scatter, "allreduc
 @atexit.register
 def _leave() -> None:
     """At exit: free what is open, quietly; after a failure do not wait for anybody."""
+    ORIGIN.leave()
     if not MPI.Is_initialized() or MPI.Is_finalized():
         return
     if not _abandoned:

@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 
 from tasp_coll.errors import CollectiveError, PeerTimeoutError
+from tasp_coll.forks import Origin
 from tasp_coll.transport import Alarms, NativeCall, NativeRequest, Op, Pool
 from tasp_coll.transport.pool import BatchPool
 
+ORIGIN = Origin("torch.distributed")
 _FOREVER = timedelta(days=365)  # Gloo's own limit would break its connections; the engine has the user's timeout
 _LONGEST_PAUSE_S = 2e-3
 _LEAVE_SECONDS = 2.0
@@ -301,6 +303,7 @@ def _tensor(address: int, nbytes: int) -> torch.Tensor:
 @atexit.register
 def _leave() -> None:
     """After a failure: a thread that comes back from Gloo into an interpreter that is gone would abort the process."""
+    ORIGIN.leave()
     ended = [transport.end(_LEAVE_SECONDS) for transport, _ in _abandoned]
     if not all(ended):
         sys.stdout.flush()

@@ -1,0 +1,87 @@
+"""What a long run must not use up: memory, descriptors, threads and MPI requests, sampled over the calls."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasp_coll.transport.mpi import requests_alive
+
+JUDGED_CALLS = 20_000  # fewer say nothing about memory: caches are still filling
+# How much the fitted line may rise over the second half of a run: noise of the allocator, and of caches that are full.
+_ALLOWED = {"rss_bytes": 2 << 20, "descriptors": 0.5, "threads": 0.5, "requests": 200.0}
+
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc's
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rank after so many calls."""
+
+    calls: int
+    seconds: float
+    rss_bytes: int
+    descriptors: int
+    threads: int
+    requests: int
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def sample(calls: int, seconds: float) -> Sample:
+    """This process now, less what the allocator keeps for later."""
+    gc.collect()
+    _trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return Sample(
+        calls,
+        seconds,
+        pages * os.sysconf("SC_PAGE_SIZE"),
+        len(os.listdir("/proc/self/fd")) - 1,  # but the one that lists them
+        len(os.listdir("/proc/self/task")),
+        requests_alive(),
+    )
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A line through the second half of a rank's samples."""
+
+    what: str
+    first: float
+    last: float
+    slope: float  # per call
+    rise: float  # over the second half
+    flat: bool
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def drifts(samples: Sequence[Sample]) -> list[Drift]:
+    """Whether anything grew over the second half; nothing where that is too short to tell.
+
+    The last sample, after all communicators were closed, is for people.
+    """
+    late = samples[len(samples) // 2 : -1]
+    if len(late) < 3 or samples[-1].calls - samples[0].calls < JUDGED_CALLS:
+        return []
+    calls = np.array([each.calls for each in late], float)
+    found = []
+    for what, allowed in _ALLOWED.items():
+        values = np.array([getattr(each, what) for each in late], float)
+        slope = float(np.polyfit(calls - calls[0], values, 1)[0])
+        rise = slope * float(calls[-1] - calls[0])
+        found.append(Drift(what, values[0], values[-1], slope, rise, rise <= allowed))
+    return found
