@@ -152,7 +152,7 @@ def test_a_cut_link_costs_no_result(stage: Stage, tmp_path: Path) -> None:
 
 
 def test_without_healing_a_cut_link_is_named(stage: Stage) -> None:
-    found = replace(stage, self_heal=False, timeout=1.0).play(SMALL, 0)
+    found = replace(stage, self_heal=False).play(SMALL, 0)
     assert (found.hung, found.left) == (False, 0)
     assert found.status
     assert {(each.kind, each.links) for each in found.failures} == {("PeerTimeoutError", (found.link,))}
