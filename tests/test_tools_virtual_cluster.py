@@ -33,7 +33,7 @@ from model_check_cases import CheckCase
 from tasp_coll import Link, Topology
 from tasp_coll.links import Node
 from tasp_coll.nodes import nodes_of
-from vcluster_faults import Condition
+from vcluster_conditions import Condition, impose
 from vcluster_options import EXAMPLES, FAILED, parse
 from vcluster_wiring import Settings, Wiring
 
@@ -242,6 +242,7 @@ def test_examples_of_the_help_are_right(line: str) -> None:
         ("fault 0 1 slower", "slower takes an amount"),
         ("fault 0 1 down 3", "down takes no amount"),
         ("fault 0 1 broken", "invalid choice"),
+        ("fault 0 1 lossy 3 --jitter 1", "lossy takes no --jitter"),
     ],
 )
 def test_wrong_usage_is_told(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,13 +280,13 @@ def test_what_makes_no_sense_is_refused(
 
 
 def test_faults_add_up_and_up_clears_them() -> None:
-    worse = Condition().after("slower", 4).after("lossy", 2).after("delayed", 20).after("down", None)
-    assert worse == Condition(down=True, slower=4, lossy=0.02, delayed_ms=20)
-    assert str(worse) == "down, 4 times slower, 2 % lost, 20 ms later"
+    worse = Condition().after("slower", 4).after("lossy", 2).after("delayed", 20, 10).after("down", None)
+    assert worse == Condition(down=True, slower=4, lossy=0.02, delayed_ms=20, jitter_ms=10)
+    assert str(worse) == "down, 4 times slower, 2 % lost, 20 +- 10 ms later"
     assert worse.after("up", None) == Condition()
-    for fault, amount in (("slower", 0.5), ("lossy", 101)):
-        with pytest.raises(ValueError, match=fault):
-            Condition().after(fault, amount)
+    for fault, amount, told in (("slower", 0.5, "slower"), ("lossy", 101, "lossy"), ("delayed", 4, "jitter")):
+        with pytest.raises(ValueError, match=told):
+            Condition().after(fault, amount, 5)
 
 
 # --- on this machine
@@ -562,7 +563,7 @@ def test_a_link_that_is_down_carries_nothing_until_it_is_up(clusters: Path) -> N
     (cluster,) = vcluster_registry.clusters()
     wiring = cluster.wiring()
     ping = "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], 9)); "
-    hear = "s.settimeout(5); print(s.recv(9)); s.settimeout(0.5); print(s.recv(9))"
+    hear = "s.settimeout(30); print(s.recv(9)); s.settimeout(0.5); print(s.recv(9))"
     listen = cluster.enter().entering(
         [vcluster_room.tool("ip"), "netns", "exec", "r1", sys.executable, "-c", ping + hear, wiring.address(1)]
     )
@@ -573,7 +574,7 @@ def test_a_link_that_is_down_carries_nothing_until_it_is_up(clusters: Path) -> N
         assert call("fault", 0, "nvswitch0", state).returncode == 0
         said = call("exec", 0, "--", "python", "-c", send, wiring.address(0), wiring.address(1), word)
         assert said.returncode == 0, said.stderr
-    out, err = hearing.communicate(timeout=20)
+    out, err = hearing.communicate(timeout=60)
     assert out == "b'heard'\n", out + err
     assert call("down", "--all").returncode == 0
 
@@ -588,13 +589,72 @@ def test_latencies_of_the_topology(mpi: None, tmp_path: Path) -> None:
     )
     ended = call("run", *new(tmp_path / "far.json", 50, "--latency-scale", 2), "--", "python", "-c", timed)
     if "CONFIG_NET_SCH_NETEM" in ended.stderr:
-        assert ended.returncode == FAILED
-        assert "--latency-scale 0 does without" in ended.stderr
-        without = call("run", *new(tmp_path / "far.json", 50, "--latency-scale", 0), "--", "true")
-        assert without.returncode == 0, without.stderr
-        pytest.skip("this kernel has no netem")
+        pytest.skip(ended.stderr)
     assert ended.returncode == 0, ended.stderr
-    assert all(0.04 < float(word) < 0.2 for word in ended.stdout.split())
+    assert all(float(word) > 0.04 for word in ended.stdout.split())
+
+
+DATAGRAMS = """
+import json, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+from vcluster_inside import namespace
+with namespace("r0"):
+    out = socket.socket(type=socket.SOCK_DGRAM)
+with namespace("r1"):
+    into = socket.socket(type=socket.SOCK_DGRAM)
+    into.bind((sys.argv[2], 0))
+into.settimeout(1)
+sent, seen = [], []
+for number in range(60):
+    sent.append(time.monotonic())
+    out.sendto(bytes([number]), into.getsockname())
+try:
+    while len(seen) < 60:
+        number = into.recv(9)[0]
+        seen.append((number, time.monotonic() - sent[number]))
+except TimeoutError:
+    pass
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize("spec", ["full_mesh:2", "nvswitch:2"])
+def test_packets_come_later_and_in_order(able: None, spec: str) -> None:
+    wiring = wired(spec)
+    (there, back), *_ = [(port, wiring.ports[v, u]) for (u, v), port in wiring.ports.items() if u == 0]
+
+    def datagrams(condition: Condition) -> tuple[list[int], list[float]]:
+        try:
+            impose(room, wiring, there, back, condition)
+        except vcluster_room.MissingError as error:
+            pytest.skip(str(error))
+        script = [sys.executable, "-c", DATAGRAMS, str(REPOSITORY / "tools"), wiring.address(1)]
+        numbers, seconds = zip(*json.loads(room.call(script)), strict=True)
+        return list(numbers), list(seconds)
+
+    with vcluster_room.opened() as (room, _):
+        vcluster_build.build(room, wiring)
+        numbers, seconds = datagrams(Condition(delayed_ms=200, jitter_ms=100))
+        assert numbers == list(range(60))
+        assert min(seconds) >= 0.1
+        assert max(seconds) > 0.25, "some of 60 wait longer than half of all would"
+        numbers, seconds = datagrams(Condition(delayed_ms=200, lossy=0.5))
+        assert numbers == sorted(numbers)
+        assert 5 < len(numbers) < 55
+        assert min(seconds) >= 0.2
+        numbers, seconds = datagrams(Condition())
+        assert numbers == list(range(60))
+        assert min(seconds) < 0.1
+        assert "-late" not in room.call(["ip", "-all", "netns", "exec", "ip", "link"])
+        assert "vcluster_line" not in room.call(["sh", "-c", "cat /proc/[0-9]*/cmdline"])
+
+
+def test_netem_keeps_the_order_too() -> None:
+    """With a rate, each packet is due after the last one: the kernel's sch_netem.c, netem_enqueue."""
+    wiring = wired("full_mesh:2")
+    port = wiring.ports[0, 1]
+    assert " netem delay 20000.000us limit " in wiring.delay(port, 20_000)
+    assert " netem delay 20000.000us 5000.000us rate 100gbit limit " in wiring.delay(port, 20_000, 5000)
 
 
 def test_ranks_on_a_cluster_that_is_up(mpi: None) -> None:
@@ -663,6 +723,18 @@ def test_what_a_machine_lacks_is_named(
     assert told in said
     assert error in said, "and what the system says"
     assert not list(clusters.iterdir())
+
+
+def test_a_machine_without_delays_says_so(
+    crippled: Callable[[str, str, str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crippled("tc", "netem", "Error: Specified qdisc kind is unknown.")
+    crippled("ip", "vcluster_line", "[Errno 2] No such file or directory: '/dev/net/tun'")
+    Topology("far", 2, (), (Link(0, 1, 1, 1), Link(1, 0, 1, 1))).save(tmp_path / "far.json")
+    said = refused(capsys, f"up --topology {tmp_path / 'far.json'} --link-mbit 10")
+    assert "CONFIG_NET_SCH_NETEM" in said
+    assert "CONFIG_TUN" in said
+    assert "--latency-scale 0 does without" in said
 
 
 def test_a_missing_tool_is_named(

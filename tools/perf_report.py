@@ -117,8 +117,8 @@ class Table:
         before = sum(abs(width) + 1 for _, _, width in columns[:6])
         return [
             "#" + " " * before + "out-of-place".center(span) + "in-place".center(span).rstrip(),
-            "#" + _line([title for title, _, _ in columns], [width for _, _, width in columns]),
-            "#" + _line([unit for _, unit, _ in columns], [width for _, _, width in columns]),
+            "#" + line([title for title, _, _ in columns], [width for _, _, width in columns]),
+            "#" + line([unit for _, unit, _ in columns], [width for _, _, width in columns]),
         ]
 
     def row(self, result: Result) -> str:
@@ -131,7 +131,7 @@ class Table:
             right.append(_percent(result.busbw(result.out), result.bound))
         out, within = self._times(result, result.out), self._times(result, result.within)
         widths = [10, 10, 8, 5, 4, -11, *self._widths(), *self._widths(), *([6, 8, 6][: len(right)])]
-        return " " + _line([*left, result.label, *out, *within, *right], widths)
+        return " " + line([*left, result.label, *out, *within, *right], widths)
 
     def _widths(self) -> list[int]:
         return [8, 6, 6, 6, *([8, 8, 8, 6] if self.statistics else [])]
@@ -183,7 +183,7 @@ def write_json(path: Path, head: Mapping[str, Any], results: Sequence[Recorded])
         partial.write_text(told + "\n", encoding="utf-8")
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+def line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Cells to the right; to the left where the width is negative."""
     padded = (text.ljust(-width) if width < 0 else text.rjust(width) for text, width in zip(cells, widths, strict=True))
     return " ".join(padded).rstrip()

@@ -11,6 +11,7 @@ from typing import Any
 
 from tasp_coll import Topology
 from tasp_coll.links import Node
+from vcluster_conditions import Condition, impose
 from vcluster_room import MissingError, Room, RoomError, python
 from vcluster_wiring import Wiring
 
@@ -54,6 +55,7 @@ def build(room: Room, wiring: Wiring, kernel: dict[str, str] | None = None) -> N
     room.batch("ip", wiring.plugging())
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda node: _equip(room, wiring, node), wiring.nodes))
+        list(pool.map(lambda ends: _delay(room, wiring, *ends), wiring.ports))
 
 
 def check(room: Room, wiring: Wiring) -> None:
@@ -68,10 +70,6 @@ def check(room: Room, wiring: Wiring) -> None:
     if wiring.forwards:
         rule = "rule add pref 100 from 10.77.0.1 lookup 1000"
         steps.append(("ip", rule, "routing by source (CONFIG_IP_MULTIPLE_TABLES)"))
-    if any(port.latency_us for port in wiring.ports.values()):
-        delay = "qdisc replace dev probe0 parent 1:1 handle 20: netem delay 1ms"
-        part = "delays (CONFIG_NET_SCH_NETEM, sch_netem), which the topology's latency_us ask for"
-        steps.append(("tc", delay, f"{part}: --latency-scale 0 does without"))
     for name, line, part in steps:
         try:
             room.batch(name, [line])
@@ -127,6 +125,12 @@ def _equip(room: Room, wiring: Wiring, node: Node) -> None:
     room.batch("tc", wiring.shapers(node), wiring.namespace(node))
     if isinstance(node, str):
         room.batch("bridge", wiring.stations(node), wiring.namespace(node))
+
+
+def _delay(room: Room, wiring: Wiring, u: Node, v: Node) -> None:
+    there = wiring.ports[u, v]
+    if there.latency_us:
+        impose(room, wiring, there, wiring.ports[v, u], Condition())
 
 
 def _kernel_settings(wiring: Wiring, node: Node, more: dict[str, str]) -> dict[str, str]:

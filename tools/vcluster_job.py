@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from tasp_coll import ArgumentError
 from tasp_coll.topology import ENVIRONMENT
@@ -105,15 +106,31 @@ def environment(wiring: Wiring, topology_file: Path) -> dict[str, str]:
 
 def run(room: Room, command: Sequence[str], variables: dict[str, str]) -> int:
     """Run a command in the room; its exit status. Stopped: after the ranks got the signal and some time."""
-    job = subprocess.Popen(room.entering_here(command), env=variables, start_new_session=True)
+    with started(room, command, variables) as job:
+        return exit_status(job.wait())
+
+
+@contextmanager
+def started(
+    room: Room, command: Sequence[str], variables: dict[str, str], output: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs in the room. What is left of it when this context ends, by an error, is ended too; by
+    Stopped, after the ranks got the signal and some time. output: what it prints goes there."""
+    job = subprocess.Popen(
+        room.entering_here(command), env=variables, stdout=output, stderr=output, start_new_session=True
+    )
     try:
-        status = job.wait()
-    except Stopped as stopped:
-        room.signal(signal.Signals(stopped.number))
+        yield job
+    except BaseException as reason:
+        room.signal(signal.Signals(reason.number) if isinstance(reason, Stopped) else signal.SIGKILL)
         try:
             job.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             job.kill()
             job.wait()
         raise
-    return status if status >= 0 else 128 - status
+
+
+def exit_status(returned: int) -> int:
+    """What Popen returned, as shells give it."""
+    return returned if returned >= 0 else 128 - returned

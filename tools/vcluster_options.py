@@ -37,15 +37,19 @@ examples
   %(prog)s fault 0 3 down                  both directions drop all; data waits, connections stay
   %(prog)s fault 0 3 lossy 2 --one-way     of what 0 sends to 3, 2 %% are lost
   %(prog)s fault 5 fabric delayed 20       rank 5's NIC: 20 ms more, each way
+  %(prog)s fault 0 3 delayed 20 --jitter 10
+      each packet 10 to 30 ms more, none before one that was sent earlier
   %(prog)s fault 0 3 up                    as new
 
 what is built
   Rank r is the namespace r<r> with an address of its own, a switch a namespace with a bridge (or, where switches are
   linked to each other, one that forwards by routes). A link is a veth pair with a shaper (tc tbf) at each end, a NIC a
   cable to a fabric's bridge. The fastest link of the topology gets --link-mbit, the others their share; a latency_us is
-  a delay (tc netem). Ranks that are not neighbours reach each other through those between, exactly on the way that
-  Topology.path says. Where links run one way only, the cable's other direction has the same rate and no route uses it:
-  what is acknowledged returns by the topology's other links.
+  a delay: tc netem, or on kernels without it a process for each direction, which holds what arrives (AF_PACKET) and
+  hands it on when it is due (TAP). What such a process holds when a fault of its direction changes is lost.
+  Ranks that are not neighbours reach each other through those between, exactly on the way that Topology.path says.
+  Where links run one way only, the cable's other direction has the same rate and no route uses it: what is
+  acknowledged returns by the topology's other links.
 
 what ranks find
   {ENVIRONMENT} names a file with the topology and the rates that its links really deliver, in GB/s of payload.
@@ -87,6 +91,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--topology needs --link-mbit, the rate of its fastest link")
     if asked.action == "down" and bool(asked.names) == asked.all:
         parser.error("down needs names of clusters, or --all")
+    if asked.action == "fault" and asked.jitter and asked.fault != "delayed":
+        parser.error(f"{asked.fault} takes no --jitter: only delayed does")
     if asked.action == "fault" and (asked.amount is None) != (asked.fault in ("up", "down")):
         parser.error(f"{asked.fault} takes {'no' if asked.amount is not None else 'an'} amount: see --help")
     return asked, command
@@ -116,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     inside = action("exec", "run a command on one host", "[--on NAME] RANK -- COMMAND...")
     _add_on(inside)
     inside.add_argument("rank", type=int, metavar="RANK")
-    fault = action("fault", "change a live link", f"[--on NAME] A B {{{','.join(FAULTS)}}} [AMOUNT] [--one-way]")
+    fault = action(
+        "fault", "change a live link", f"[--on NAME] A B {{{','.join(FAULTS)}}} [AMOUNT] [--jitter MS] [--one-way]"
+    )
     _add_on(fault)
     for end in ("a", "b"):
         fault.add_argument(end, metavar=end.upper(), help="a rank, or a switch's name")
@@ -124,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     fault.add_argument(
         "amount", nargs="?", type=_number(0), help="slower: by this factor; lossy: %% of packets; delayed: ms"
     )
+    fault.add_argument("--jitter", type=_number(0), default=0.0, metavar="MS", help="delayed: so much more or less")
     fault.add_argument("--one-way", action="store_true", help="only what A sends to B")
     return parser
 

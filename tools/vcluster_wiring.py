@@ -8,7 +8,6 @@ a veth pair ("cable"), and each of its ends ("port") is shaped to the rate of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -212,24 +211,23 @@ class Wiring:
 
     def shapers(self, node: Node) -> list[str]:
         """Lines of `tc -batch`, in the node's namespace, that shape what leaves the node."""
-        return [line for port in self._devices[node].values() for line in self.shaper(port)]
+        return [self.shaper(port) for port in self._devices[node].values()]
 
-    def shaper(self, port: Port, slower: float = 1.0, verb: str = "add") -> Iterator[str]:
+    def shaper(self, port: Port, slower: float = 1.0, verb: str = "add") -> str:
         """Shape a port to its rate, or to a `slower`-th of it."""
         rate = max(round(port.rate_bit / slower), 1000)
-        yield (
+        return (
             f"qdisc {verb} dev {port.device} root handle 1: tbf rate {rate}bit "
             f"burst {self.burst_bytes(rate)} limit {self.queue_bytes(port)}"
         )
-        if verb == "add" and port.latency_us:
-            yield self.delay(port)
 
-    def delay(self, port: Port, more_ms: float = 0.0) -> str:
-        """Let what leaves a port be under way for its latency, and so much more."""
-        latency_us = port.latency_us + 1e3 * more_ms
-        flying = port.rate_bit * latency_us / 8e6 + self.queue_bytes(port)
+    def delay(self, port: Port, delay_us: float, jitter_us: float = 0.0) -> str:
+        """Let what leaves a port be under way for so long, by netem. With a rate, of any height, it keeps the order."""
+        flying = port.rate_bit * (delay_us + jitter_us) / 8e6 + self.queue_bytes(port)
         packets = math.ceil(flying / self.settings.mtu) + 100
-        return f"qdisc replace dev {port.device} parent 1:1 handle 20: netem delay {latency_us:.3f}us limit {packets}"
+        jitter = f" {jitter_us:.3f}us rate 100gbit" if jitter_us else ""
+        child = f"qdisc replace dev {port.device} parent 1:1 handle 20:"
+        return f"{child} netem delay {delay_us:.3f}us{jitter} limit {packets}"
 
     def queue_bytes(self, port: Port) -> int:
         """Bytes that may wait for a link."""

@@ -114,7 +114,8 @@ def execute(asked: argparse.Namespace, command: list[str]) -> int:
 def fault(asked: argparse.Namespace, command: list[str]) -> int:
     """Change a live link."""
     cluster = vcluster_registry.find(asked.on)
-    condition = vcluster_faults.inflict(cluster, asked.a, asked.b, asked.fault, asked.amount, one_way=asked.one_way)
+    what = asked.a, asked.b, asked.fault, asked.amount, asked.jitter
+    condition = vcluster_faults.inflict(cluster, *what, one_way=asked.one_way)
     tell(f"{cluster.name}: {asked.a} {'->' if asked.one_way else '<->'} {asked.b}: {condition}")
     return 0
 
