@@ -30,6 +30,7 @@ from tasp_coll.engine import Engine, abandon_busy
 from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.forecast import Case, seconds_of
 from tasp_coll.links import is_integer
+from tasp_coll.linkup import gpu_transport_named
 from tasp_coll.openings import ACCUMULATE, REVERSE
 from tasp_coll.operations import Collective
 from tasp_coll.options import ALGORITHMS, Options
@@ -53,6 +54,9 @@ class Communicator:
     timeout: seconds without progress after which a wait ends; None: TASP_COLL_TIMEOUT, else 600.
     stream: the CUDA stream for arrays on a GPU: CuPy's, torch's or a handle; None: the current one of each call's
         framework.
+    gpu_transport: what carries arrays on GPUs: "nccl", "ipc" (CUDA IPC and copy engines, between GPUs of one host) or
+        "auto" (NCCL, or, where it is missing or refuses ranks that share a GPU, CUDA IPC); None: what
+        TASP_COLL_GPU_TRANSPORT names, else "auto".
     self_heal: re-planning around dead links, which this version does not do; must be False.
 
     Raises MismatchError on every rank if ranks were given different topologies or one could not read its own.
@@ -66,6 +70,7 @@ class Communicator:
         topology: Topology | str | os.PathLike[str] | None = None,
         timeout: float | None = None,
         stream: Any = None,
+        gpu_transport: str | None = None,
         self_heal: bool = False,
     ) -> None:
         seconds, error = bootstrap.DEFAULT_TIMEOUT, None
@@ -74,9 +79,9 @@ class Communicator:
         except ArgumentError as bad:
             error = bad
         transport = bootstrap.connect(group, seconds)
-        handle: int | None = None
+        handle, carrier = None, "auto"
         try:
-            handle = stream_handle(stream)
+            handle, carrier = stream_handle(stream), gpu_transport_named(gpu_transport)
         except ArgumentError as bad:
             error = error or bad
         if self_heal:
@@ -86,7 +91,7 @@ class Communicator:
         except CollectiveError:
             transport.close()
             raise
-        self._core.stream = handle
+        self._core.stream, self._core.gpu_transport = handle, carrier
         _register(self)
 
     @property

@@ -20,7 +20,6 @@ from tasp_coll.memos import Memos
 from tasp_coll.schedule import Schedule, plan
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
-from tasp_coll.transport.nccl import load
 from tasp_coll.tuning import Chooser, Situation
 
 SLOTS = 8  # lanes are numbered lane * SLOTS + slot: slot 0 for calls, the others for streams of steps
@@ -145,6 +144,7 @@ class Core:
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
         self.stream: int | None = None  # that the user wants for arrays on a GPU
+        self.gpu_transport = "auto"  # by which those travel, as the user wants it
         self._gpu: tuple[Device, Guard] | None = None
         self.last_choice: Choice | None = None
 
@@ -178,7 +178,6 @@ class Core:
     def gpu(self, number: int) -> tuple[Device, Guard]:
         """This rank's GPU, and what guards it; the first array on one decides which it is."""
         if self._gpu is None:
-            load()  # says what is missing
             device = Device(number, self.stream)
             self._gpu = device, Guard(device, self.engine.timeout, self.engine.abandon)
         if self._gpu[0].number != number:

@@ -1,4 +1,4 @@
-"""One rank's GPU through CuPy: streams, memory, and what runs on it beside NCCL's messages.
+"""One rank's GPU through CuPy: streams, memory, and what runs on it beside the messages.
 
 Nothing here waits for the GPU. Work goes to the stream that is the caller's current one, so it comes after what the
 caller gave to it before, and before what the caller gives to it next; memory of torch and of CuPy is theirs to reuse
@@ -14,17 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tasp_coll.errors import ArgumentTypeError, CollectiveError
 from tasp_coll.executor import Action, Place
-from tasp_coll.launches import Launch
+from tasp_coll.launches import Launch, Links
 from tasp_coll.reduce_programs import Arithmetic
-from tasp_coll.transport.nccl import NcclLinks
 
 _LOOK_SECONDS, _IDLE_SECONDS = 0.1, 1.0
+T = TypeVar("T")
 
 
 class GpuMemory:
@@ -54,28 +54,28 @@ class Device:
 
     def __init__(self, number: int, handle: int | None = None) -> None:
         """handle: of the stream that the user wants; None: the current one of each call."""
-        import cupy
-
-        self._cupy, self.number, self._handle = cupy, number, handle
+        self.cupy = cupy = load_cupy()
+        self.number, self._handle = number, handle
         self._device = cupy.cuda.Device(number)
         self._stage: dict[int, tuple[int, Any]] = {}  # by stream: bytes, memory
         self._greeting: Any = None
         self._side: Any = None
-        self.links: NcclLinks | None = None
+        self._last: tuple[int, Any] | None = None  # the latest call's stream, and the event at its end
+        self.links: Links | None = None
 
     def identity(self) -> str:
         """Host and PCI bus: the same for ranks that share the GPU, and for no others."""
         return f"{socket.gethostname()}:{self._device.pci_bus_id}"
 
-    def exclusive(self, job: Callable[[], NcclLinks]) -> NcclLinks:
+    def exclusive(self, job: Callable[[], T]) -> T:
         """Run the job with this GPU as the thread's current one."""
         with self._device:
             return job()
 
-    def greet(self, links: NcclLinks) -> Callable[[], bool]:
+    def greet(self, links: Links) -> Callable[[], bool]:
         """Send a byte to every peer; the function that is returned says whether all have come and gone."""
         self.links = links
-        cuda = self._cupy.cuda
+        cuda = self.cupy.cuda
         with self._device:
             stream, memory, event = cuda.Stream(non_blocking=True), cuda.alloc(2 * links.size), cuda.Event()
             self._greeting = stream, memory  # until the last call
@@ -85,11 +85,12 @@ class Device:
                 receives = [(False, peer, memory.ptr + links.size + peer, 1) for peer in peers]
                 links.group(sends + receives, stream.ptr)
             event.record(stream)
+            self._last = stream.ptr, event
         return lambda: bool(event.done)
 
     def stream(self, framework: str) -> Any:
         """The user's stream, or the current one of the framework whose arrays come in, as CuPy's."""
-        cuda = self._cupy.cuda
+        cuda = self.cupy.cuda
         if self._handle is not None:
             return cuda.ExternalStream(self._handle, self.number)
         torch = sys.modules.get("torch")
@@ -103,7 +104,7 @@ class Device:
         assert self.links is not None
         with self._device, stream:
             places = {**bases, "stage": self._staged(stage_bytes, stream)}
-            memory = GpuMemory(self._cupy, stream)
+            memory = GpuMemory(self.cupy, stream)
 
             def address(place: Place) -> int:
                 return places[place.region] + place.offset
@@ -117,21 +118,32 @@ class Device:
     def copy(self, moves: Sequence[tuple[int, int, int]], stream: Any) -> None:
         """Copy bytes within the GPU: (to, from, bytes) each."""
         with self._device, stream:
-            memory = GpuMemory(self._cupy, stream)
+            memory = GpuMemory(self.cupy, stream)
             for dst, src, nbytes in moves:
                 memory.move(dst, src, nbytes)
+
+    def follow(self, stream: Any) -> None:
+        """What the stream is given from now on comes after all calls so far, whatever stream they are on."""
+        if self._last is not None and self._last[0] != stream.ptr:
+            stream.wait_event(self._last[1])
+
+    def passed(self, stream: Any) -> Any:
+        """A call has been given to the stream: the event at its end."""
+        ended = self.event(stream)
+        self._last = stream.ptr, ended
+        return ended
 
     def side_stream(self) -> Any:
         """A stream of our own, the same for all calls, which keep their order on it."""
         if self._side is None:
             with self._device:
-                self._side = self._cupy.cuda.Stream(non_blocking=True)
+                self._side = self.cupy.cuda.Stream(non_blocking=True)
         return self._side
 
     def event(self, stream: Any) -> Any:
         """Recorded now: done when all that the stream was given is."""
         with self._device:
-            made = self._cupy.cuda.Event(disable_timing=True)
+            made = self.cupy.cuda.Event(disable_timing=True)
             made.record(stream)
         return made
 
@@ -139,7 +151,7 @@ class Device:
         """Staging memory, which calls on one stream use one after another."""
         held, memory = self._stage.get(stream.ptr, (0, None))
         if nbytes > held:
-            memory = self._cupy.cuda.alloc(nbytes)
+            memory = self.cupy.cuda.alloc(nbytes)
             self._stage[stream.ptr] = nbytes, memory
         return int(memory.ptr) if memory is not None else 0
 
@@ -184,11 +196,12 @@ class OnGpu:
 
     def begin(self) -> None:
         """From here on the stream is given the call."""
+        self.device.follow(self.stream)
         self._began = self.device.event(self.stream)
 
     def end(self, name: str, *arrays: Any) -> Pending:
         """All has been given. On the caller's own stream its allocator knows when memory is free; beside it, we do."""
-        self._ended = self.device.event(self.stream)
+        self._ended = self.device.passed(self.stream)
         return Pending(name, self._began, self._ended, arrays if self._aside else None)
 
     def hand_over(self) -> None:
@@ -198,7 +211,7 @@ class OnGpu:
 
 
 class Guard:
-    """Ends a call that a GPU has been at for longer than the timeout: its peers are gone, and NCCL would spin on."""
+    """Ends a call that a GPU has been at for longer than the timeout: its peers are gone, it would go on for ever."""
 
     def __init__(self, device: Device, timeout: float, failed: Callable[[str], None]) -> None:
         """failed: is told why, from the guard's thread."""
@@ -257,6 +270,17 @@ class Guard:
             links.abort(f"{first.name}: not complete on the GPU within {self._timeout:.3g} s")
             return links.broken
         return None
+
+
+def load_cupy() -> Any:
+    """CuPy. CollectiveError says what is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise CollectiveError(
+            f"arrays on a GPU need CuPy ({error}): pip install 'tasp-coll[cuda12]' or 'tasp-coll[cuda13]'"
+        ) from error
+    return cupy
 
 
 def stream_handle(stream: Any) -> int | None:

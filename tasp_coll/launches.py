@@ -10,11 +10,12 @@ the order in which they were given, as NCCL's do.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tasp_coll.errors import ScheduleError
-from tasp_coll.executor import Action, Node, Program
+from tasp_coll.executor import Action, Node, Place, Program
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,47 @@ class Launch:
     step: int
     actions: tuple[Action, ...]
     messages: tuple[Node, ...]
+
+
+class Links(Protocol):
+    """What carries launches between the GPUs of all ranks.
+
+    Ranks give it the same launches in the same order. Where they go to several streams, each must come after the
+    earlier ones by the streams' own order or by events.
+    """
+
+    name: str
+    rank: int
+    size: int
+    broken: str | None  # why it cannot be used any more
+    has_allgather: bool  # a library's own, as `NcclLinks.allgather`
+
+    def prepare(self, launches: Sequence[Launch]) -> tuple[Launch, ...]:
+        """The launches as `launch` takes them, all or some. Collective; may block, and raises within the timeout."""
+
+    def launch(
+        self,
+        launches: Sequence[Launch],
+        address: Callable[[Place], int],
+        act: Callable[[Action], None],
+        stream: int,
+    ) -> None:
+        """Give launches to a stream, and wait for none of them.
+
+        address: where a place is on the device. act: gives an action to the same stream. stream: its handle.
+        """
+
+    def group(self, messages: Sequence[tuple[bool, int, int, int]], stream: int) -> None:
+        """A first message over every edge, on all ranks: (is it a send, peer, address, bytes) each."""
+
+    def check(self) -> None:
+        """Raise CollectiveError for what has gone wrong since."""
+
+    def abort(self, why: str) -> None:
+        """End everything under way on the device, so that nothing waits for peers that are gone."""
+
+    def close(self) -> None:
+        """Give everything back, when the device has finished with it. After `abort`: does not wait."""
 
 
 def launches(program: Program) -> tuple[Launch, ...]:

@@ -20,7 +20,7 @@ from tasp_coll.linkup import LinkUp
 from tasp_coll.options import Call, Options
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
-from tasp_coll.transport.nccl import load
+from tasp_coll.transport.nccl import NcclLinks
 from tasp_coll.tuning import rule
 
 _HALVES = ("bfloat16", "float16")
@@ -358,7 +358,7 @@ class Collective:
 
     def _link_up(self, gpu: OnGpu) -> Steps:
         """The first call on GPUs links them."""
-        self.linking = LinkUp(self.core.rounds, load(), gpu.device)
+        self.linking = LinkUp(self.core.rounds, gpu.device, self.core.gpu_transport, self.core.engine.timeout)
         running = self.linking.run()
         while True:
             try:
@@ -370,16 +370,23 @@ class Collective:
         self.linking = None
 
     def _gpu_native(self) -> bool:
+        assert self.gpu is not None
+        links = self.gpu.device.links
+        return links is not None and links.has_allgather and self._equal_shards()
+
+    def _equal_shards(self) -> bool:
         return self.collective == "allgather" and len(set(self.sizes())) == 1
 
     def _give_native(self, gpu: OnGpu) -> None:
-        if not self._gpu_native():
+        links = gpu.device.links
+        if not self._equal_shards():
             raise ArgumentError(
                 f"algorithm 'native': on GPUs there is only an allgather of equal shards, no {self.name}"
             )
+        if not isinstance(links, NcclLinks):
+            raise ArgumentError("algorithm 'native': CUDA IPC, by which these ranks are linked, has no collectives")
         assert self.out is not None
-        assert gpu.device.links is not None
-        gpu.device.links.allgather(self.send.address, self.out.address, self.send.nbytes, gpu.stream.ptr)
+        links.allgather(self.send.address, self.out.address, self.send.nbytes, gpu.stream.ptr)
 
     def _launches(self) -> Generator[bool, None, tuple[tuple[tuple[Launch, ...], int], ...]]:
         """Launches and staging bytes of each program."""
@@ -388,7 +395,15 @@ class Collective:
             programs = self.programs(self._schedule())
             return tuple((launches(program), program.stage_bytes) for program in programs)
 
-        return (yield from self._made(self.core.launches, self.compiled_key(), make))
+        cache, key = self.core.launches, self.compiled_key()
+        found = cache.get(key)
+        if found is None:
+            assert self.gpu is not None
+            links = self.gpu.device.links
+            assert links is not None
+            made = yield from self._made(cache, key, make)
+            found = cache.put(key, tuple((links.prepare(steps), stage_bytes) for steps, stage_bytes in made))
+        return found
 
     def _run_native(self) -> Steps:
         wanted = self.native()

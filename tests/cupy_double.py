@@ -10,6 +10,7 @@ import ctypes
 import sys
 import threading
 import time
+import weakref
 from itertools import count
 from types import ModuleType
 from typing import Any, ClassVar
@@ -95,9 +96,15 @@ class Stream:
     def __exit__(self, *exc: object) -> None:
         Runtime.local.stream = self._before
 
+    @property
+    def done(self) -> bool:
+        Runtime.fabric.pump()
+        return not Runtime.fabric.streams[self.number, self.ptr]
+
     def wait_event(self, event: Event) -> None:
+        mark = event.begun
         with Runtime.fabric.lock:
-            Runtime.fabric.streams[self.number, self.ptr].append(lambda: event.flag)
+            Runtime.fabric.streams[self.number, self.ptr].append(lambda: event.reached >= mark)
 
 
 class ExternalStream(Stream):
@@ -106,21 +113,31 @@ class ExternalStream(Stream):
 
 
 class Event:
+    """Who waits for it waits for the latest record before that, or for nothing if there was none: as CUDA has it."""
+
+    all: ClassVar[weakref.WeakValueDictionary[int, Event]] = weakref.WeakValueDictionary()
+
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
-        self.flag = False
+        self.ptr = next(Runtime.handles)
+        self.begun = self.reached = 0  # how often it was recorded, and how far the streams have come
+        self.all[self.ptr] = self
 
     def record(self, stream: Any) -> None:
-        self.flag = False
+        mark = self.begin()
         with Runtime.fabric.lock:
-            Runtime.fabric.streams[stream.number, stream.ptr].append(self._set)
+            Runtime.fabric.streams[stream.number, stream.ptr].append(lambda: self.reach(mark))
 
     @property
     def done(self) -> bool:
         Runtime.fabric.pump()
-        return self.flag
+        return self.reached >= self.begun
 
-    def _set(self) -> None:
-        self.flag = True
+    def begin(self) -> int:
+        self.begun += 1
+        return self.begun
+
+    def reach(self, mark: int) -> None:
+        self.reached = max(self.reached, mark)
 
 
 class _Memory:
@@ -174,10 +191,12 @@ def _default(device_id: int = -1) -> Stream:
     return stream
 
 
-def install(monkeypatch: Any) -> Fabric:
-    """Make `import cupy` find the double, with a fresh fabric."""
-    Runtime.fabric = fabric = Fabric()
+def modules(fabric: Fabric) -> tuple[Any, Any]:
+    """CuPy, and its NCCL, which give their work to this fabric."""
+    Runtime.fabric = fabric
     _Memory.held.clear()
+    cupy: Any
+    cuda: Any
     cupy, cuda = ModuleType("cupy"), ModuleType("cupy.cuda")
     nccl: Any = Nccl(fabric)
     parts: dict[str, Any] = {
@@ -200,6 +219,13 @@ def install(monkeypatch: Any) -> Fabric:
         empty=lambda shape, dtype: ndarray(shape, dtype),
         ascontiguousarray=_packed,
     )
-    for name, module in (("cupy", cupy), ("cupy.cuda", cuda), ("cupy.cuda.nccl", nccl)):
+    return cupy, nccl
+
+
+def install(monkeypatch: Any) -> Fabric:
+    """Make `import cupy` find the double, with a fresh fabric."""
+    fabric = Fabric()
+    cupy, nccl = modules(fabric)
+    for name, module in (("cupy", cupy), ("cupy.cuda", cupy.cuda), ("cupy.cuda.nccl", nccl)):
         monkeypatch.setitem(sys.modules, name, module)
     return fabric

@@ -86,8 +86,15 @@ class Fabric:
     def pump(self) -> None:
         """As far as it goes now."""
         with self.lock:
-            while sum(self._advance(queue) for queue in list(self.streams.values())):
+            while sum(self._drain(queue) for queue in list(self.streams.values())):
                 pass
+
+    def _drain(self, queue: deque[Item]) -> int:
+        """As far as it goes while the others stand still; how many steps."""
+        moved = 0
+        while self._advance(queue):
+            moved += 1
+        return moved
 
     def _advance(self, queue: deque[Item]) -> bool:
         if not queue:

@@ -259,7 +259,13 @@ def link_up(size: int, gpus: Callable[[Fabric, int], Any], modules: Callable[[Fa
     def body(transport: LoopbackTransport) -> Any:
         engine, rounds = Engine(transport, 0.4), Rounds(transport)
         rank = transport.rank
-        return attempt(lambda: found.append(engine.run(LinkUp(rounds, modules(fabric, rank), gpus(fabric, rank)))))
+        linking = LinkUp(rounds, gpus(fabric, rank), "nccl", 0.4, lambda: given(modules(fabric, rank)))
+        return attempt(lambda: found.append(engine.run(linking)))
+
+    def given(module: Any) -> Any:
+        if isinstance(module, CollectiveError):
+            raise module
+        return module
 
     found: list[NcclLinks] = []
     errors = LoopbackWorld(size).run(body)

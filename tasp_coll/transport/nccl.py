@@ -10,7 +10,7 @@ CuPy 13 and 14 are alike but for the id, which is a tuple of signed numbers in 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tasp_coll.errors import CollectiveError
@@ -42,6 +42,7 @@ class NcclLinks:
     """One rank's end of an NCCL communicator, on the CUDA device that was current when it was made."""
 
     name = "nccl"
+    has_allgather = True
 
     def __init__(self, nccl: Any, comm: Any, rank: int, size: int) -> None:
         self._nccl, self._comm, self.rank, self.size = nccl, comm, rank, size
@@ -55,6 +56,10 @@ class NcclLinks:
         except TypeError:  # CuPy 13 wants signed numbers, and says so before it waits for anyone
             comm = nccl.NcclCommunicator(size, tuple(byte - 256 if byte > 127 else byte for byte in identity), rank)
         return cls(nccl, comm, rank, size)
+
+    def prepare(self, launches: Sequence[Launch]) -> tuple[Launch, ...]:
+        """As they are: NCCL needs to know nothing beforehand."""
+        return tuple(launches)
 
     def launch(
         self,
@@ -75,7 +80,7 @@ class NcclLinks:
                 places = [(node, node.place) for node in launch.messages if node.place is not None]
                 self.group([(node.send, node.peer, address(place), place.nbytes) for node, place in places], stream)
 
-    def group(self, messages: Iterable[tuple[bool, int, int, int]], stream: int) -> None:
+    def group(self, messages: Sequence[tuple[bool, int, int, int]], stream: int) -> None:
         """Messages that run at the same time: (is it a send, peer, address, bytes) each. None may be empty."""
         nccl, comm = self._nccl, self._comm
         nccl.groupStart()
