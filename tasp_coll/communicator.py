@@ -115,6 +115,11 @@ class Communicator:
         return self._core.transport.name
 
     @property
+    def gpu_transport(self) -> str | None:
+        """Name of what carries arrays on GPUs, "nccl" or "ipc"; None before the first call with one."""
+        return self._core.gpu_carrier
+
+    @property
     def usable(self) -> bool:
         """Neither closed nor given up after a failure."""
         return self._core.engine.usable

@@ -186,6 +186,12 @@ class Core:
             )
         return self._gpu
 
+    @property
+    def gpu_carrier(self) -> str | None:
+        """Name of what links the GPUs, once it does."""
+        links = self._gpu[0].links if self._gpu is not None else None
+        return None if links is None else links.name
+
     def close(self) -> None:
         """Finish what is under way and free everything; after a failure everything stays as it is."""
         if self._gpu is not None:
