@@ -83,12 +83,12 @@ class Opening(Collective):
         if not free:
             raise ArgumentError(f"{self.name}: {SLOTS - 1} streams of steps are open already, close one first")
         self.slot = (free & -free).bit_length() - 1
-        self.chosen = self._choose()
+        self.chosen = self.choose()
         compiled = yield from self._compiled()
         self.core.streams.add(self.slot)
         return compiled
 
-    def _choose(self) -> Choice:
+    def choose(self) -> Choice:
         options, core = self.options, self.core
         name = options.named or stepwise(core.topology, self.algorithms())
         if name == "direct":
@@ -132,7 +132,7 @@ class OpenGather(Opening):
         row_bytes = self.row_elements * self.send.itemsize
         return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes, self.donate),)
 
-    def _schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:
         assert self.chosen is not None
         return self.core.schedule(self.collective, self.chosen, reverse=bool(self.options.extra))
 

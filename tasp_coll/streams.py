@@ -102,7 +102,7 @@ class _Stream(Iterator[Arrival]):
     @property
     def schedule(self) -> Schedule:
         """The plan that it runs; its `arrivals` tell the layout on any rank."""
-        return self._driver.opened._schedule()
+        return self._driver.opened.schedule()
 
     def __iter__(self) -> _Stream:
         return self

@@ -51,7 +51,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "device", "core"),
     "bootstrap": ("bootstrap", "linkup"),
-    "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
+    "collectives": ("options", "gpu_calls", "operations", "collectives", "openings", "arrivals", "streams"),
     "communicator": ("communicator", "functions", "probe"),
     "torch back end": ("torch_forms", "torch_works", "torch_backend"),
 }
