@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from tasp_coll import arrays
 from tasp_coll.arrays import Buffer
 from tasp_coll.core import Cache, Core
 from tasp_coll.device import OnGpu
 from tasp_coll.errors import ArgumentError
 from tasp_coll.executor import Program
 from tasp_coll.forecast import Choice
+from tasp_coll.gpu_graphs import launch
+from tasp_coll.guard import Pending
 from tasp_coll.launches import Launch, launches
 from tasp_coll.linkup import LinkUp
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport.nccl import load
 
 Steps = Generator[bool, None, Any]
+Given = tuple[tuple[tuple[Launch, ...], int], ...]  # of each program its launches and staging bytes
 V = TypeVar("V")
 
 
@@ -27,6 +31,7 @@ class GpuCall(Protocol):
     collective: str
     name: str
     phase: str
+    repeatable: bool
     send: Buffer
     out: Buffer | None
     given: Any
@@ -41,28 +46,55 @@ class GpuCall(Protocol):
     def own(self) -> list[tuple[int, int, int]]: ...
     def sizes(self) -> tuple[int, ...]: ...
     def compiled_key(self) -> tuple[Any, ...]: ...
+    def graph_key(self) -> Hashable: ...
     def made(self, cache: Cache[Hashable, V], key: Hashable, make: Callable[[], V]) -> Generator[bool, None, V]: ...
 
 
 def run(call: GpuCall, gpu: OnGpu) -> Steps:
     """After the agreement: link up at the first call, and give everything to the stream."""
-    device, guard = call.core.gpu(gpu.device.number)
-    if device.links is None:
-        yield from link_up(call, gpu)
-    gpu.begin()
+    yield from link_up(call, gpu)
     call.chosen = call.chosen or call.choose()
     if call.chosen is not None and call.chosen.algorithm == "native":
-        _give_native(call, gpu)
+        give = _native(call, gpu)
     else:
-        given = yield from _launches(call)
-        for (steps, stage_bytes), bases in zip(given, call.bases(), strict=True):
-            device.run(steps, bases, stage_bytes, gpu.stream)
-    device.copy(call.own(), gpu.stream)
-    guard.watch(gpu.end(call.name, call.held, call.send, call.given, call.out))
+        give = _scheduled(call, gpu, (yield from _launches(call)))
+    device, guard = call.core.gpu(gpu.device.number)
+    if gpu.capturing:
+        with device.captured() as held:
+            give(gpu.stream, lambda nbytes: _held(device.memory(nbytes, gpu.stream), held))
+        if gpu.beside:
+            gpu.end()
+            held.append((call.held, call.given, call.out))
+        return
+    began = device.event(gpu.stream)
+    if not (call.repeatable and (yield from launch(call.core, gpu, call.graph_key(), give))):
+        give(gpu.stream, lambda nbytes: device.staged(nbytes, gpu.stream))
+    guard.watch(Pending(call.name, began, gpu.end(), _keep(call, gpu)))
+
+
+def _held(memory: arrays.DeviceBytes, held: list[Any]) -> int:
+    held.append(memory)
+    return memory.address
+
+
+def _keep(call: GpuCall, gpu: OnGpu) -> Any:
+    """What must stay alive until the GPU is done. On the caller's own stream its allocator knows what is free when."""
+    if not gpu.beside:
+        return None
+    buffers = [buffer for buffer in (call.send, call.out) if buffer is not None and buffer.owner is not None]
+    told = [arrays.crosses(buffer, gpu.stream.ptr) for buffer in buffers]
+    return None if all(told) else (call.held, call.given, *buffers)
 
 
 def link_up(call: GpuCall, gpu: OnGpu) -> Steps:
     """The first call on GPUs links them."""
+    if gpu.device.links is not None:
+        return
+    if gpu.capturing:  # the same on all ranks, as the agreement says
+        raise ArgumentError(
+            f"{call.name}: the first call with an array on a GPU links the ranks, which cannot be captured: call it "
+            "once before"
+        )
     call.linking = LinkUp(call.core.rounds, load(), gpu.device)
     running = call.linking.run()
     while True:
@@ -80,18 +112,37 @@ def has_native(call: GpuCall) -> bool:
     return call.collective == "allgather" and len(set(call.sizes())) == 1
 
 
-def _give_native(call: GpuCall, gpu: OnGpu) -> None:
+Give = Callable[[Any, Callable[[int], int]], None]  # to a stream, with a function that makes staging memory
+
+
+def _native(call: GpuCall, gpu: OnGpu) -> Give:
     if not has_native(call):
         raise ArgumentError(f"algorithm 'native': on GPUs there is only an allgather of equal shards, no {call.name}")
     assert call.out is not None
-    assert gpu.device.links is not None
-    gpu.device.links.allgather(call.send.address, call.out.address, call.send.nbytes, gpu.stream.ptr)
+    send, recv, nbytes = call.send.address, call.out.address, call.send.nbytes
+
+    def give(stream: Any, stage: Callable[[int], int]) -> None:
+        assert gpu.device.links is not None
+        with gpu.device.giving():
+            gpu.device.links.allgather(send, recv, nbytes, stream.ptr)
+        gpu.device.copy(call.own(), stream)
+
+    return give
 
 
-def _launches(call: GpuCall) -> Generator[bool, None, tuple[tuple[tuple[Launch, ...], int], ...]]:
+def _scheduled(call: GpuCall, gpu: OnGpu, given: Given) -> Give:
+    def give(stream: Any, stage: Callable[[int], int]) -> None:
+        for (steps, stage_bytes), bases in zip(given, call.bases(), strict=True):
+            gpu.device.run(steps, {**bases, "stage": stage(stage_bytes)}, stream)
+        gpu.device.copy(call.own(), stream)
+
+    return give
+
+
+def _launches(call: GpuCall) -> Generator[bool, None, Given]:
     """Launches and staging bytes of each program."""
 
-    def make() -> tuple[tuple[tuple[Launch, ...], int], ...]:
+    def make() -> Given:
         programs = call.programs(call.schedule())
         return tuple((launches(program), program.stage_bytes) for program in programs)
 

@@ -17,9 +17,20 @@ from typing import Any, Protocol
 
 from tasp_coll.agreement import Rounds
 from tasp_coll.bootstrap import Spread, exchange_texts
-from tasp_coll.errors import CollectiveError, MismatchError
+from tasp_coll.errors import ArgumentError, CollectiveError, MismatchError
 from tasp_coll.transport.nccl import NcclLinks, new_id
 from tasp_coll.work import Once
+
+COMMUNICATORS = "TASP_COLL_NCCL_COMMUNICATORS"
+_MOST = 32  # each has buffers and channels of its own on every rank
+
+
+def communicators() -> int:
+    """How many NCCL communicators, on as many streams, the user wants: TASP_COLL_NCCL_COMMUNICATORS, else one."""
+    asked = os.environ.get(COMMUNICATORS, "1")
+    if not (asked.isdecimal() and 1 <= int(asked) <= _MOST):
+        raise ArgumentError(f"{COMMUNICATORS} must be an integer from 1 to {_MOST}, got {asked!r}")
+    return int(asked)
 
 
 class Gpu(Protocol):
@@ -54,13 +65,13 @@ class LinkUp(Once):
     def run(self) -> Generator[bool, None, NcclLinks]:
         """The links, warm."""
         yield from self._meet()
-        rank, size = self.rounds.rank, self.rounds.size
-        text = new_id(self.nccl).hex() if rank == 0 else ""
-        identity = bytes.fromhex((yield from Spread(self.rounds, text).run()))
+        rank, size, count = self.rounds.rank, self.rounds.size, communicators()
+        text = " ".join(new_id(self.nccl).hex() for _ in range(count)) if rank == 0 else ""
+        identities = [bytes.fromhex(part) for part in (yield from Spread(self.rounds, text).run()).split()]
         yield from exchange_texts(self.rounds, "")
         self.phase = "joining NCCL"
         assert self.gpu is not None
-        joining = _Joining(self.gpu, lambda: NcclLinks.join(self.nccl, identity, rank, size))
+        joining = _Joining(self.gpu, lambda: NcclLinks.join(self.nccl, identities, rank, size))
         while joining.is_alive():
             yield False
         links = joining.links()
@@ -79,6 +90,10 @@ class LinkUp(Once):
         else:
             host = os.environ.get("NCCL_HOSTID", "")
             said |= {"nccl": self.nccl.get_version(), "gpu": self.gpu.identity()[:200], "host": host[:80]}
+            try:
+                said["communicators"] = communicators()
+            except ArgumentError as error:
+                said["error"] = f"ArgumentError: {error}"
         texts = yield from exchange_texts(self.rounds, json.dumps(said))
         problem = _problem([json.loads(text) for text in texts])
         if problem is not None:
@@ -118,6 +133,9 @@ def _problem(said: list[dict[str, Any]]) -> CollectiveError | None:
     if len(versions) > 1:
         each = ", ".join(f"rank {rank} {here['nccl']}" for rank, here in enumerate(said))
         return MismatchError(f"arrays on GPUs: all ranks must load the same NCCL, got {each}")
+    if len({here["communicators"] for here in said}) > 1:
+        each = ", ".join(f"rank {rank} {here['communicators']}" for rank, here in enumerate(said))
+        return MismatchError(f"arrays on GPUs: all ranks must have the same {COMMUNICATORS}, got {each}")
     seen: dict[tuple[str, str], int] = {}
     for rank, here in enumerate(said):
         first = seen.setdefault((here["gpu"], here["host"]), rank)

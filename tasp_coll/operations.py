@@ -125,14 +125,15 @@ class Collective:
     def _known_call(self) -> Call:
         """The call of these arguments, made once."""
         self.options.check_types(self.core.size)
-        key = (self.name, self.key(), self.options, type(self.options.rings), self.gpu is None)
+        where = "" if self.gpu is None else "GPU, captured" if self.gpu.capturing else "GPU"
+        key = (self.name, self.key(), self.options, type(self.options.rings), where)
         found = self.core.calls.get(key)
         if isinstance(found, Call):
             return found
         self.options.check(self.collective, self.core)
         call = self.describe()
-        if self.gpu is not None:
-            call = Call.of(**dict(call.described), where="GPU")
+        if where:
+            call = Call.of(**dict(call.described), where=where)
         self.core.calls.put(key, call)
         return call
 
@@ -152,7 +153,14 @@ class Collective:
         """What this rank says at the start."""
         if self.error is not None:
             return Header(_FAILED)
+        if self.gpu is not None and self.repeatable and not self.gpu.capturing:
+            nbytes = max(self.send.nbytes, 0 if self.out is None else self.out.nbytes)
+            return Header(self.call.signature, place=self.core.graphs.ready(self.graph_key(), nbytes))
         return Header(self.call.signature, self.send.nbytes if self._fits() else NOT_INLINE)
+
+    def graph_key(self) -> Hashable:
+        """What a CUDA graph of this call depends on."""
+        return self.call.signature, self.send.address, 0 if self.out is None else self.out.address
 
     def _fits(self) -> bool:
         return (

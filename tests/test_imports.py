@@ -49,9 +49,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "executor": ("executor", "launches", "programs", "slabs", "reduce_programs", "transport.nccl"),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
-    "core": ("memos", "device", "core"),
+    "core": ("memos", "guard", "device", "graphs", "core"),
     "bootstrap": ("bootstrap", "linkup"),
-    "collectives": ("options", "gpu_calls", "operations", "collectives", "openings", "arrivals", "streams"),
+    "collectives": (
+        *("options", "gpu_graphs", "gpu_calls", "operations", "collectives"),
+        *("gpu_steps", "openings", "arrivals", "streams"),
+    ),
     "communicator": ("communicator", "functions", "probe"),
     "torch back end": ("torch_forms", "torch_works", "torch_backend"),
 }
