@@ -21,6 +21,7 @@ import numpy as np
 from .frameworks import (
     Buffer,
     Cupy,
+    DeviceBytes,
     Dlpack,
     Flat,
     Held,
@@ -34,7 +35,19 @@ from .frameworks import (
     type_error,
 )
 
-__all__ = ["Buffer", "describe", "memory_at", "new", "overlap", "packed", "result", "view"]
+__all__ = [
+    "Buffer",
+    "DeviceBytes",
+    "crosses",
+    "describe",
+    "memory_at",
+    "new",
+    "overlap",
+    "packed",
+    "part",
+    "result",
+    "view",
+]
 
 _TORCH = Torch()
 _JAX = Jax()
@@ -102,13 +115,31 @@ def result(buffer: Buffer) -> Any:
     return _KINDS[buffer.kind].result(buffer)
 
 
-def view(like: Buffer, memory: NDArray, offset: int, shape: tuple[int, ...], *, readonly: bool = False) -> Any:
-    """An array of `like`'s kind and dtype over `memory` (1-d, uint8) from byte `offset` on, without a copy.
+def view(
+    like: Buffer, memory: NDArray | DeviceBytes, offset: int, shape: tuple[int, ...], *, readonly: bool = False
+) -> Any:
+    """An array of `like`'s kind and dtype over `memory` (1-d, uint8, where `like` is) from byte `offset` on, no copy.
 
     It is a copy after all for JAX, whose arrays are immutable and read asynchronously, and for a read-only
-    view in torch or through DLPack, which have none. For exporters of the buffer protocol it is NumPy's.
+    view in torch or through DLPack, which have none; on a GPU the caller is trusted. For exporters of the buffer
+    protocol it is NumPy's.
     """
     return _KINDS[like.kind].view(like, memory, offset, shape, readonly)
+
+
+def part(buffer: Buffer, offset: int, nbytes: int) -> NDArray | DeviceBytes:
+    """Some bytes of a contiguous array, as `view` takes memory; they keep the array alive."""
+    if buffer.device is not None:
+        return DeviceBytes(buffer.address + offset, nbytes, buffer.owner)
+    return memory_at(buffer.address + offset, nbytes, buffer.owner)
+
+
+def crosses(buffer: Buffer, stream: int) -> bool:
+    """Tell the allocator of an array on a GPU that a stream (its handle) uses it until all that it was given is done.
+
+    False where the framework cannot be told: then somebody has to hold the array until then.
+    """
+    return _KINDS[buffer.kind].crosses(buffer, stream)
 
 
 def overlap(a: Buffer, b: Buffer) -> bool:

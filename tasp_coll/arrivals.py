@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from tasp_coll import arrays
-from tasp_coll.arrays import Buffer, NDArray
+from tasp_coll.arrays import Buffer, DeviceBytes, NDArray
 from tasp_coll.core import Shape
 from tasp_coll.errors import CollectiveError
 from tasp_coll.executor import Place
@@ -16,7 +16,7 @@ from tasp_coll.executor import Place
 class Views:
     """Makes the arrays of one step, once each, until the step is over: then their memory is used for other things."""
 
-    def __init__(self, like: Buffer, stage: NDArray, readonly: bool) -> None:
+    def __init__(self, like: Buffer, stage: NDArray | DeviceBytes, readonly: bool) -> None:
         self._like, self._stage = like, stage
         self._rest = Shape.of(like.shape).rest
         # torch has no read-only view, only a copy: there the caller is trusted.
@@ -29,7 +29,7 @@ class Views:
             raise CollectiveError("the data of a step must be looked at before the next step, or the stream's end")
         memory, offset = self._stage, place.offset
         if place.region != "stage" or not place.nbytes:
-            memory, offset = arrays.memory_at(self._like.address + offset, place.nbytes, self._like.owner), 0
+            memory, offset = arrays.part(self._like, offset, place.nbytes), 0
         return arrays.view(self._like, memory, offset, (rows, *self._rest), readonly=self._readonly)
 
 
@@ -55,7 +55,8 @@ class Arrival:
     """What one step brings, or asks for; valid until the next step is asked for, or the stream ends.
 
     chunks: sorted by source and ring. began, ended: `time.perf_counter()` seconds when the step's first receive was
-    started and when all that it brings was there; None where nothing had to come.
+    started and when all that it brings was there; None where nothing had to come, and on a GPU, where the caller's
+    stream comes after it and no host knows when.
     """
 
     step: int

@@ -382,6 +382,7 @@ def _spread(core: Core, table: tuning.Chooser) -> None:
     """Rank 0's table becomes everyone's."""
     core.chooser = tuning.Chooser.load(core.engine.run(bootstrap.Spread(core.rounds, table.dump())))
     core.memos.clear()
+    core.graphs.clear()
 
 
 def _register(comm: Communicator) -> None:

@@ -11,11 +11,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from tasp_coll.agreement import Rounds
-from tasp_coll.device import Device, Guard
+from tasp_coll.device import Device
 from tasp_coll.engine import Engine
 from tasp_coll.errors import ArgumentError
 from tasp_coll.executor import Exchange, Program
 from tasp_coll.forecast import Choice
+from tasp_coll.graphs import Graphs
+from tasp_coll.guard import Guard
 from tasp_coll.memos import Memos
 from tasp_coll.schedule import Schedule, plan
 from tasp_coll.topology import Topology
@@ -145,6 +147,8 @@ class Core:
         self.streams: set[int] = set()
         self.stream: int | None = None  # that the user wants for arrays on a GPU
         self.gpu_transport = "auto"  # by which those travel, as the user wants it
+        self.graphs = Graphs()
+        self.gpu_streams: list[Any] = []  # open ones, which must end before the links do
         self._gpu: tuple[Device, Guard] | None = None
         self.last_choice: Choice | None = None
 
@@ -194,11 +198,17 @@ class Core:
 
     def close(self) -> None:
         """Finish what is under way and free everything; after a failure everything stays as it is."""
-        if self._gpu is not None:
-            device, guard = self._gpu
-            device.close(None if self.engine.broken is None else self.engine.broken)
-            guard.close()
-        if self.engine.close() and not self.engine.broken:
+        for stream in list(self.gpu_streams):
+            stream.finish()
+        try:
+            closed = self.engine.close()
+        finally:
+            if self._gpu is not None:
+                device, guard = self._gpu
+                self.graphs.clear()  # before the links, which wait for them
+                device.close(self.engine.broken)
+                guard.close()
+        if closed and not self.engine.broken:
             self.compiled.clear()
             self.launches.clear()
             self.calls.clear()

@@ -130,6 +130,11 @@ class Engine:
                 self._waiters -= 1
                 self._wake.notify_all()
 
+    def settle(self, operation: Operation) -> None:
+        """Carry out what is queued, so that what the caller does next comes after it, on every rank alike."""
+        if self._queue:
+            self.drive(lambda: not self._queue, operation)
+
     def nudge(self) -> None:
         """One poll of everything."""
         if self.lock.acquire(blocking=False):

@@ -38,6 +38,28 @@ class Buffer(NamedTuple):
     device: int | None = None  # number of the GPU; None is host memory
 
 
+class DeviceBytes(NamedTuple):
+    """Memory of a GPU, as NumPy's uint8 arrays are of the host. owner: keeps it alive."""
+
+    address: int
+    nbytes: int
+    owner: Any
+
+
+class _CudaArray:
+    """Such memory as frameworks take it in."""
+
+    def __init__(self, memory: DeviceBytes) -> None:
+        self.owner = memory.owner
+        self.__cuda_array_interface__ = {
+            "shape": (memory.nbytes,),
+            "typestr": "|u1",
+            "data": (memory.address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
 class Held(NamedTuple):
     """The owner where NumPy's view is not what the caller handed in."""
 
@@ -52,7 +74,8 @@ class Kind(Protocol):
     def packed(self, buffer: Buffer) -> Buffer: ...
     def new(self, like: Buffer, shape: Shape) -> Buffer: ...
     def result(self, buffer: Buffer) -> Any: ...
-    def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any: ...
+    def view(self, like: Buffer, memory: Any, offset: int, shape: Shape, readonly: bool) -> Any: ...
+    def crosses(self, buffer: Buffer, stream: int) -> bool: ...
 
 
 def type_error(name: str, came: object, rule: str) -> ArgumentTypeError:
@@ -133,6 +156,9 @@ class Plain:
 
     def result(self, buffer: Buffer) -> Any:
         return self.host(buffer.owner)
+
+    def crosses(self, buffer: Buffer, stream: int) -> bool:
+        return False
 
     def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
         array: NDArray = np.ndarray(shape, self.host(like.owner).dtype, memory, offset)
@@ -283,10 +309,18 @@ class Torch:
     def result(self, buffer: Buffer) -> Any:
         return buffer.owner
 
-    def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
+    def crosses(self, buffer: Buffer, stream: int) -> bool:
+        torch = sys.modules["torch"]
+        buffer.owner.record_stream(torch.cuda.ExternalStream(stream, device=buffer.device))
+        return True
+
+    def view(self, like: Buffer, memory: Any, offset: int, shape: Shape, readonly: bool) -> Any:
         torch, dtype, count = sys.modules["torch"], like.owner.dtype, math.prod(shape)
         if not count:  # frombuffer refuses empty views
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            return torch.empty(shape, dtype=dtype, device=like.owner.device)
+        if isinstance(memory, DeviceBytes):
+            part = DeviceBytes(memory.address + offset, count * like.itemsize, memory.owner)
+            return torch.as_tensor(_CudaArray(part), device=like.owner.device).view(dtype).view(shape)
         if readonly or not memory.flags.writeable:  # torch has no read-only tensors
             memory, offset = memory[offset : offset + count * like.itemsize].copy(), 0
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
@@ -318,5 +352,14 @@ class Cupy:
     def result(self, buffer: Buffer) -> Any:
         return buffer.owner
 
-    def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
-        raise type_error("send", like.owner, "must be in host memory to go step by step: pass cupy.asnumpy(send)")
+    def crosses(self, buffer: Buffer, stream: int) -> bool:
+        return False
+
+    def view(self, like: Buffer, memory: DeviceBytes, offset: int, shape: Shape, readonly: bool) -> Any:
+        cupy, dtype = sys.modules["cupy"], like.owner.dtype
+        nbytes = math.prod(shape) * like.itemsize
+        with cupy.cuda.Device(like.device):
+            if not nbytes:
+                return cupy.empty(shape, dtype)
+            part = cupy.cuda.UnownedMemory(memory.address + offset, nbytes, memory.owner, like.device)
+            return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(part, 0))

@@ -32,7 +32,17 @@ from tasp_coll.work import Once
 T = TypeVar("T")
 ENVIRONMENT = "TASP_COLL_GPU_TRANSPORT"
 TRANSPORTS = ("auto", "nccl", "ipc")
+COMMUNICATORS = "TASP_COLL_NCCL_COMMUNICATORS"
+_MOST = 32  # each has buffers and channels of its own on every rank
 _TOLD = "arrays on GPUs"
+
+
+def communicators() -> int:
+    """How many NCCL communicators, on as many streams, the user wants: TASP_COLL_NCCL_COMMUNICATORS, else one."""
+    asked = os.environ.get(COMMUNICATORS, "1")
+    if not (asked.isdecimal() and 1 <= int(asked) <= _MOST):
+        raise ArgumentError(f"{COMMUNICATORS} must be an integer from 1 to {_MOST}, got {asked!r}")
+    return int(asked)
 
 
 class Gpu(Protocol):
@@ -102,7 +112,7 @@ class LinkUp(Once):
         said: dict[str, Any] = {"asked": self.asked, "gpu": self.gpu.identity()[:200], "host": host, "machine": here}
         said["shared"] = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
         try:
-            said["nccl"] = self.nccl().get_version()
+            said |= {"nccl": self.nccl().get_version(), "communicators": communicators()}
         except CollectiveError as error:
             said["missing"] = str(error)[:200]
         texts = yield from exchange_texts(self.rounds, json.dumps(said))
@@ -110,12 +120,12 @@ class LinkUp(Once):
 
     def _nccl(self) -> Generator[bool, None, Callable[[], Links]]:
         """What joins by NCCL."""
-        rank, size, nccl = self.rounds.rank, self.rounds.size, self.nccl()
-        text = new_id(nccl).hex() if rank == 0 else ""
-        identity = bytes.fromhex((yield from Spread(self.rounds, text).run()))
+        rank, size, nccl, count = self.rounds.rank, self.rounds.size, self.nccl(), communicators()
+        text = " ".join(new_id(nccl).hex() for _ in range(count)) if rank == 0 else ""
+        identities = [bytes.fromhex(part) for part in (yield from Spread(self.rounds, text).run()).split()]
         yield from exchange_texts(self.rounds, "")
         self.phase = "joining NCCL"
-        return lambda: NcclLinks.join(nccl, identity, rank, size)
+        return lambda: NcclLinks.join(nccl, identities, rank, size)
 
     def _ipc(self, because: str) -> Generator[bool, None, Callable[[], Links]]:
         """What joins by CUDA IPC. because: why not by NCCL."""
@@ -194,6 +204,9 @@ def _against_nccl(said: list[dict[str, Any]]) -> MismatchError | None:
     if len({here["nccl"] for here in said}) > 1:
         each = ", ".join(f"rank {rank} {here['nccl']}" for rank, here in enumerate(said))
         return MismatchError(f"{_TOLD}: all ranks must load the same NCCL, got {each}")
+    if len({here["communicators"] for here in said}) > 1:
+        each = ", ".join(f"rank {rank} {here['communicators']}" for rank, here in enumerate(said))
+        return MismatchError(f"{_TOLD}: all ranks must have the same {COMMUNICATORS}, got {each}")
     seen: dict[tuple[str, str], int] = {}
     for rank, here in enumerate(said):
         first = seen.setdefault((here["gpu"], here["host"]), rank)

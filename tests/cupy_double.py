@@ -11,13 +11,16 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
-from nccl_double import Fabric, Nccl
+from nccl_double import Entry, Fabric, Group, Nccl
 
 
 class MemoryPointer:
@@ -55,7 +58,17 @@ class Runtime:
 
     local = threading.local()
     fabric = Fabric()
-    handles = count(1)
+    handles = count(16)
+    graphs: ClassVar[list[Any]] = []
+    refuse = False  # to capture
+
+    @classmethod
+    def stream_after(cls, before: Stream) -> Stream:
+        """A fresh one, which begins where `before` is now."""
+        event, made = Event(), Stream()
+        event.record(before)
+        made.wait_event(event)
+        return made
 
     @classmethod
     def here(cls) -> Device:
@@ -89,12 +102,12 @@ class Stream:
         self.ptr, self.number = next(Runtime.handles), Runtime.here().number
 
     def __enter__(self) -> Stream:
-        self._before = getattr(Runtime.local, "stream", None)
+        Runtime.local.outer = [*getattr(Runtime.local, "outer", []), getattr(Runtime.local, "stream", None)]
         Runtime.local.stream = self
         return self
 
     def __exit__(self, *exc: object) -> None:
-        Runtime.local.stream = self._before
+        Runtime.local.stream = Runtime.local.outer.pop()
 
     @property
     def done(self) -> bool:
@@ -102,9 +115,62 @@ class Stream:
         return not Runtime.fabric.streams[self.number, self.ptr]
 
     def wait_event(self, event: Event) -> None:
+        if event.captured is not None:  # what one stream captures the other does too
+            self.join(event.captured)
         mark = event.begun
+        self.give(lambda: event.reached >= mark, Entry(self.ptr, event, waits=True))
+
+    def give(self, item: Any, entry: Entry) -> None:
+        Runtime.fabric.give(self.number, self.ptr, item, entry)
+
+    # --- capture: what a capturing stream is given goes to the graph
+
+    def begin_capture(self, mode: int | None = None) -> None:
+        assert self.ptr not in (0, 1), "the default stream cannot be captured"
+        if Runtime.refuse:
+            raise RuntimeError("cudaErrorStreamCaptureUnsupported")
         with Runtime.fabric.lock:
-            Runtime.fabric.streams[self.number, self.ptr].append(lambda: event.reached >= mark)
+            Runtime.fabric.captures[self.number, self.ptr] = []
+
+    def join(self, capture: list[Any]) -> None:
+        with Runtime.fabric.lock:
+            Runtime.fabric.captures[self.number, self.ptr] = capture
+
+    def end_capture(self) -> Graph:
+        with Runtime.fabric.lock:
+            given = Runtime.fabric.captures[self.number, self.ptr]
+            for key in [key for key, capture in Runtime.fabric.captures.items() if capture is given]:
+                del Runtime.fabric.captures[key]
+        return Graph(self.number, given)
+
+    def is_capturing(self) -> bool:
+        return (self.number, self.ptr) in Runtime.fabric.captures
+
+    @classmethod
+    def from_external(cls, stream: Any) -> Stream:
+        made = cls.__new__(cls)
+        made.ptr, made.number = stream.__cuda_stream__()[1], Runtime.here().number
+        return made
+
+
+class Graph:
+    """What a stream was given while it captured, once more. One stream's order stands for all of a graph."""
+
+    def __init__(self, number: int, given: list[tuple[Any, Entry]]) -> None:
+        self._number, self.given, self.launched, self.uploaded = number, given, 0, False
+        Runtime.graphs.append(self)
+
+    def upload(self, stream: Stream) -> None:
+        self.uploaded = True
+
+    def launch(self, stream: Stream) -> None:
+        self.launched += 1
+        with Runtime.fabric.lock:
+            for item, entry in self.given:
+                if isinstance(item, Group):
+                    Runtime.fabric.give_group(Group(item.rank, item.comm, item.messages, stream.ptr))
+                elif entry.event is None:  # within the graph, one after another
+                    Runtime.fabric.give(self._number, stream.ptr, item, replace(entry, stream=stream.ptr))
 
 
 class ExternalStream(Stream):
@@ -120,19 +186,21 @@ class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
         self.ptr = next(Runtime.handles)
         self.begun = self.reached = 0  # how often it was recorded, and how far the streams have come
+        self.captured: list[Any] | None = None
         self.all[self.ptr] = self
 
     def record(self, stream: Any) -> None:
-        mark = self.begin()
-        with Runtime.fabric.lock:
-            Runtime.fabric.streams[stream.number, stream.ptr].append(lambda: self.reach(mark))
+        mark = self.begin(stream.number, stream.ptr)
+        stream.give(lambda: self.reach(mark), Entry(stream.ptr, self))
 
     @property
     def done(self) -> bool:
+        assert self.captured is None, "an event of a capture cannot be asked"
         Runtime.fabric.pump()
         return self.reached >= self.begun
 
-    def begin(self) -> int:
+    def begin(self, number: int, stream: int) -> int:
+        self.captured = Runtime.fabric.captures.get((number, stream))
         self.begun += 1
         return self.begun
 
@@ -150,16 +218,29 @@ class _Memory:
         self.ptr = int(self.held[-1].ctypes.data)
 
 
+class MemoryPool:
+    def malloc(self, size: int) -> MemoryPointer:
+        return MemoryPointer(_Memory(size), 0)
+
+
+@contextmanager
+def using_allocator(allocator: Any) -> Iterator[None]:
+    yield
+
+
 class UnownedMemory:
-    """An action is about to use it: what the stream was given before comes first."""
+    """Within `with stream` an action is about to use it, and may write: what the stream was given before is first."""
 
     def __init__(self, ptr: int, size: int, owner: Any, device_id: int = -1) -> None:
         self.ptr = ptr
-        drain(Runtime.here().number, current().ptr)
+        stream = current()
+        if getattr(Runtime.local, "outer", []) and not stream.is_capturing():  # else for the caller, who calls `settle`
+            drain(Runtime.here().number, stream.ptr)
+            Runtime.fabric.note(stream.number, stream.ptr, ptr, size, True)
 
 
 def current() -> Any:
-    return Runtime.local.stream
+    return _default(Runtime.here().number)
 
 
 def drain(rank: int, handle: int) -> None:
@@ -172,8 +253,14 @@ def drain(rank: int, handle: int) -> None:
 
 
 def _memcpy(dst: int, src: int, size: int, kind: int, stream: int) -> None:
-    with Runtime.fabric.lock:
-        Runtime.fabric.streams[Runtime.here().number, stream].append(lambda: ctypes.memmove(dst, src, size))
+    uses = ((dst, size, True), (src, size, False))
+    number = Runtime.here().number
+    Runtime.fabric.give(number, stream, lambda: ctypes.memmove(dst, src, size), Entry(stream, uses=uses))
+
+
+def _memset(ptr: int, value: int, size: int, stream: int) -> None:
+    entry = Entry(stream, uses=((ptr, size, True),))
+    Runtime.fabric.give(Runtime.here().number, stream, lambda: ctypes.memset(ptr, value, size), entry)
 
 
 def _packed(array: ndarray) -> ndarray:
@@ -194,6 +281,7 @@ def _default(device_id: int = -1) -> Stream:
 def modules(fabric: Fabric) -> tuple[Any, Any]:
     """CuPy, and its NCCL, which give their work to this fabric."""
     Runtime.fabric = fabric
+    Runtime.graphs, Runtime.refuse = [], False
     _Memory.held.clear()
     cupy: Any
     cuda: Any
@@ -208,10 +296,12 @@ def modules(fabric: Fabric) -> tuple[Any, Any]:
         "MemoryPointer": MemoryPointer,
         "alloc": lambda size: MemoryPointer(_Memory(size), 0),
         "get_current_stream": _default,
+        "MemoryPool": MemoryPool,
+        "using_allocator": using_allocator,
         "nccl": nccl,
     }
     runtime = ModuleType("cupy.cuda.runtime")
-    runtime.__dict__.update(memcpyAsync=_memcpy, memcpyDeviceToDevice=3)
+    runtime.__dict__.update(memcpyAsync=_memcpy, memsetAsync=_memset, memcpyDeviceToDevice=3)
     cuda.__dict__.update(parts, runtime=runtime)
     cupy.__dict__.update(
         cuda=cuda,

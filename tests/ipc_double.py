@@ -19,7 +19,7 @@ import numpy as np
 import cupy_double
 import tasp_coll.linkup
 from cupy_double import Event, Runtime
-from nccl_double import Fabric
+from nccl_double import Entry, Fabric
 from tasp_coll.transport.stream_memory import StreamMemory
 
 Key = tuple[int, int]  # of a stream: its GPU, its handle
@@ -106,9 +106,8 @@ class Ipc:
     def key(self, stream: int | None) -> Key:
         return Runtime.here().number, 0 if self.serial else stream or 0
 
-    def give(self, key: Key, item: Any) -> None:
-        with self.fabric.lock:
-            self.fabric.streams[key].append(item)
+    def give(self, key: Key, item: Any, event: Event | None = None, waits: bool = False) -> None:
+        self.fabric.give(*key, item, Entry(key[1], event, waits))
 
     # --- cupy.cuda.runtime
 
@@ -145,34 +144,37 @@ class Ipc:
         return attributes
 
     def memcpyAsync(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
-        key = self.key(stream)
-
         def copy() -> None:
-            self.watch.use(key, src, size, False)
-            self.watch.use(key, dst, size, True)
+            self.watch.use(self.fabric.running, src, size, False)
+            self.watch.use(self.fabric.running, dst, size, True)
             ctypes.memmove(dst, src, size)
 
-        self.give(key, copy)
+        self.give(self.key(stream), copy)
 
     def eventRecord(self, event: int, stream: int) -> None:
-        key, mark = self.key(stream), Event.all[event].begin()
+        key, recorded = self.key(stream), Event.all[event]
+        mark = recorded.begin(*key)
 
         def record() -> None:
-            self.watch.release(key, (event, mark))
-            Event.all[event].reach(mark)
+            self.watch.release(self.fabric.running, (event, mark))
+            recorded.reach(mark)
 
-        self.give(key, record)
+        self.give(key, record, recorded)
 
     def streamWaitEvent(self, stream: int, event: int, flags: int = 0) -> None:
-        key, mark = self.key(stream), Event.all[event].begun
+        key, awaited = self.key(stream), Event.all[event]
+        mark = awaited.begun
+        if awaited.captured is not None:  # what one stream captures the other does too
+            with self.fabric.lock:
+                self.fabric.captures[key] = awaited.captured
 
         def wait() -> bool:
-            if not Event.all[event].reached >= mark:
+            if not awaited.reached >= mark:
                 return False
-            self.watch.acquire(key, (event, mark))
+            self.watch.acquire(self.fabric.running, (event, mark))
             return True
 
-        self.give(key, wait)
+        self.give(key, wait, awaited, waits=True)
 
     # --- libcuda
 
@@ -180,25 +182,25 @@ class Ipc:
         words = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64)), (count, 6))
         key = self.key(stream)
         for kind, at, value, condition, *_ in words.tolist():
-            self.give(key, {1: self._wait, 2: self._write}[kind](key, at, value, condition))
+            self.give(key, {1: self._wait, 2: self._write}[kind](at, value, condition))
         return 0
 
-    def _wait(self, key: Key, at: int, bit: int, condition: int) -> Any:
+    def _wait(self, at: int, bit: int, condition: int) -> Any:
         assert condition == 2, "only waits for a bit are used"
 
         def wait() -> bool:
             if not ctypes.c_uint32.from_address(at).value & bit:
                 return False
-            self.watch.acquire(key, self.flag(at))
+            self.watch.acquire(self.fabric.running, self.flag(at))
             return True
 
         return wait
 
-    def _write(self, key: Key, at: int, value: int, condition: int) -> Any:
+    def _write(self, at: int, value: int, condition: int) -> Any:
         assert condition == 0, "with a barrier before"
 
         def write() -> None:
-            self.watch.release(key, self.flag(at))
+            self.watch.release(self.fabric.running, self.flag(at))
             ctypes.c_uint32.from_address(at).value = value
 
         return write

@@ -200,7 +200,6 @@ def test_host_here_and_gpu_there(fabric: Fabric) -> None:
             "where send",
         ),
         (lambda comm, x: comm.decomposed_allreduce(x, algorithm="native"), ArgumentError, "allgather of equal shards"),
-        (lambda comm, x: next(comm.allgather_steps(x)), ArgumentTypeError, "step by step"),
     ],
 )
 def test_refused_on_all_ranks(fabric: Fabric, call: Any, kind: type, told: str) -> None:

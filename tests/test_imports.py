@@ -55,9 +55,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "agreement": ("agreement", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
-    "core": ("memos", "device", "core"),
+    "core": ("memos", "guard", "device", "graphs", "core"),
     "bootstrap": ("bootstrap", "linkup"),
-    "collectives": ("options", "operations", "collectives", "openings", "arrivals", "streams"),
+    "collectives": (
+        *("options", "gpu_graphs", "gpu_calls", "operations", "collectives"),
+        *("gpu_steps", "openings", "arrivals", "streams"),
+    ),
     "communicator": ("communicator", "functions", "probe"),
     "torch back end": ("torch_forms", "torch_works", "torch_backend"),
 }

@@ -35,6 +35,15 @@ STREAM = 7
 SLOT_BYTES = 4096  # so that messages take several rounds
 
 
+class Alone:
+    """One stream."""
+
+    handles = (STREAM,)
+
+    def meet(self) -> None:
+        """It does not meet anyone."""
+
+
 class World:
     """The links of n ranks, each with a GPU of its own."""
 
@@ -68,7 +77,7 @@ class World:
         def body(rank: int) -> None:
             prepared = self.links[rank].prepare(launches(programs[rank]))
             for _ in range(2 if self.size < 6 else 1):
-                self.links[rank].launch(prepared, memories[rank].address, memories[rank].act, STREAM)
+                self.links[rank].launch(prepared, memories[rank].address, memories[rank].act, Alone())
 
         self.on_ranks(body)
         self.fabric.run()
@@ -91,7 +100,7 @@ class Memory:
 
         def run() -> None:
             for place, write in ((action.source, False), (action.target, True)):
-                watch.use(key, self.address(place), place.nbytes, write)
+                watch.use(self._world.fabric.running, self.address(place), place.nbytes, write)
             action(self)  # type: ignore[arg-type]
 
         self._world.ipc.give(key, run)
@@ -223,7 +232,7 @@ def test_a_rank_that_does_not_come_leaves_the_others_waiting() -> None:
     def body(rank: int) -> None:
         prepared = world.links[rank].prepare(launches(program[rank]))
         if rank != 2:
-            world.links[rank].launch(prepared, memories[rank].address, memories[rank].act, STREAM)
+            world.links[rank].launch(prepared, memories[rank].address, memories[rank].act, Alone())
 
     world.on_ranks(body)
     with pytest.raises(Stuck):
@@ -240,7 +249,7 @@ def test_a_rank_that_does_not_come_leaves_the_others_waiting() -> None:
         threading.Event().wait(0.005)
     assert not any(world.fabric.streams.values())
     with pytest.raises(CollectiveError, match="rank 2 does not come"):
-        world.links[1].launch((), lambda place: 0, lambda action: None, STREAM)
+        world.links[1].launch((), lambda place: 0, lambda action: None, Alone())
 
 
 class Blind(Watch):

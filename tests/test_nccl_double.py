@@ -47,7 +47,16 @@ def schedule_of(spec: str, collective: str, algorithm: str) -> Schedule:
 def linked(fabric: Fabric, size: int, ids: str = "bytes") -> list[NcclLinks]:
     modules = list(ranks_of(fabric, size, ids))
     identity = new_id(modules[0])
-    return [NcclLinks.join(module, identity, rank, size) for rank, module in enumerate(modules)]
+    return [NcclLinks.join(module, [identity], rank, size) for rank, module in enumerate(modules)]
+
+
+class Strand:
+    """One stream, as launches take streams."""
+
+    handles = (STREAM,)
+
+    def meet(self) -> None:
+        """Nobody to meet."""
 
 
 class Memory:
@@ -67,7 +76,7 @@ class Memory:
 
 def carry_out(fabric: Fabric, links: list[NcclLinks], programs: list[Program], memories: list[Memory]) -> None:
     for link, program, memory in zip(links, programs, memories, strict=True):
-        link.launch(launches(program), memory.address, memory.act, STREAM)
+        link.launch(launches(program), memory.address, memory.act, Strand())
     check_records(fabric.records)
     fabric.run()
 
@@ -192,10 +201,12 @@ def test_a_message_that_needs_its_own_step_is_refused() -> None:
         launches(builder.build())
 
 
-def test_programs_that_wait_for_their_caller_are_refused() -> None:
+def test_programs_that_wait_for_their_caller_name_gates_and_marks() -> None:
     schedule = plan(Topology.preset("full_mesh:5"))
-    with pytest.raises(ScheduleError, match="step by step"):
-        launches(gather_steps_program(schedule, 0, [9] * 5, 4))
+    given = launches(gather_steps_program(schedule, 0, [9] * 5, 4))
+    assert [launch.step for launch in given] == [0, 1, 2, 3]
+    assert [launch.gates for launch in given] == [(), (), (("release", 1),), (("release", 2),)]
+    assert [launch.marks for launch in given] == [(("arrived", step),) for step in range(1, 5)]
 
 
 # --- errors and ends
@@ -207,16 +218,16 @@ def test_an_asynchronous_error_aborts_and_stays() -> None:
     fabric.failed = "NCCL_ERROR_REMOTE_ERROR: remote process exited"
     for _ in range(2):
         with pytest.raises(CollectiveError, match="remote process exited"):
-            link.launch((), lambda place: 0, lambda action: None, STREAM)
+            link.launch((), lambda place: 0, lambda action: None, Strand())
     link.close()
-    assert link._comm.state == "aborted"
+    assert link._comms[0].state == "aborted"
 
 
 def test_closing_twice_and_use_after_it() -> None:
     (link,) = linked(Fabric(), 1)
     link.close()
     link.close()
-    assert link._comm.state == "destroyed"
+    assert link._comms[0].state == "destroyed"
     with pytest.raises(CollectiveError, match="closed"):
         link.check()
 
@@ -225,7 +236,7 @@ def test_a_group_that_fails_half_way_is_ended() -> None:
     fabric = Fabric()
     link = linked(fabric, 2)[0]
     with pytest.raises(AssertionError):
-        link.group([(SEND, 1, 0, 8), (SEND, 5, 0, 8)], STREAM)
+        link.greet([(SEND, 1, 0, 8), (SEND, 5, 0, 8)], STREAM)
     link._nccl.groupStart()  # not inside of another
 
 
@@ -247,7 +258,7 @@ class FakeGpu:
         peers = [peer for peer in range(links.size) if peer != links.rank]
         memory = np.zeros(2 * links.size, np.uint8)
         at = int(memory.ctypes.data)
-        links.group(
+        links.greet(
             [op for peer in peers for op in ((SEND, peer, at + peer, 1), (RECV, peer, at + links.size + peer, 1))], 1
         )
         return lambda: memory is not None

@@ -28,7 +28,7 @@ import numpy as np
 
 from tasp_coll.errors import CollectiveError
 from tasp_coll.executor import Action, Node, Place
-from tasp_coll.launches import Launch
+from tasp_coll.launches import Launch, Strands
 from tasp_coll.transport.ipc_plan import SLOTS, Fetch, Outgoing, PlannedLaunch, Round, planned
 from tasp_coll.transport.shared import ALIVE, CLOSED, GAVE_UP, Shared
 from tasp_coll.transport.stream_memory import Operations, StreamMemory, waits, writes
@@ -43,7 +43,8 @@ class IpcLinks:
     """One rank's outbox and its peers', on the CUDA device that was current when it was made."""
 
     name = "ipc"
-    has_allgather = False
+    has_allgather = orders_streams = False
+    communicators = 1
 
     def __init__(self, cupy: Any, driver: StreamMemory, shared: Shared, timeout: float, slot_bytes: int) -> None:
         self._runtime, self._cuda, self._driver, self._shared = cupy.cuda.runtime, cupy.cuda, driver, shared
@@ -134,13 +135,23 @@ class IpcLinks:
         launches: Sequence[Launch],
         address: Callable[[Place], int],
         act: Callable[[Action], None],
-        stream: int,
+        strands: Strands,
     ) -> None:
         """Give all launches, which `prepare` made, to a stream, and wait for none of them.
 
-        address: where a place is on the device. act: gives an action to the same stream. stream: its handle.
+        address: where a place is on the device. act: gives an action to the same stream. strands: this one alone.
         """
         self.check()
+        (stream,) = strands.handles
+        self._launch(launches, address, act, stream)
+
+    def _launch(
+        self,
+        launches: Sequence[Launch],
+        address: Callable[[Place], int],
+        act: Callable[[Action], None],
+        stream: int,
+    ) -> None:
         for launch in launches:
             assert isinstance(launch, PlannedLaunch), "launches must come from `prepare`"
             for action in launch.actions:
@@ -148,11 +159,11 @@ class IpcLinks:
             if launch.rounds or launch.fetches:
                 self._exchange(launch, address, stream)
 
-    def group(self, messages: Sequence[tuple[bool, int, int, int]], stream: int) -> None:
-        """A first message over every edge, on all ranks: (is it a send, peer, address, bytes) each."""
+    def greet(self, messages: Sequence[tuple[bool, int, int, int]], stream: int) -> None:
+        """First messages over every edge, on all ranks: (is it a send, peer, address, bytes) each."""
         nodes = (Node(0, peer, 0, send, Place("", at, nbytes)) for send, peer, at, nbytes in messages)
         prepared = self.prepare((Launch(0, (), tuple(nodes)),))
-        self.launch(prepared, lambda place: place.offset, lambda action: None, stream)
+        self._launch(prepared, lambda place: place.offset, lambda action: None, stream)
 
     def _exchange(self, launch: PlannedLaunch, address: Callable[[Place], int], stream: int) -> None:
         """One launch. The order in which streams are given the rounds is part of the proof that none waits for ever."""
