@@ -356,3 +356,26 @@ def test_ranks_on_different_hosts(ipc: ipc_double.Ipc, monkeypatch: pytest.Monke
 def test_what_is_no_transport() -> None:
     with pytest.raises(ArgumentError, match="gpu_transport must be one of auto, nccl, ipc, got 'mpi'"):
         on_ranks(2, lambda comm: None, gpu_transport="mpi")
+
+
+def test_repeated_calls_and_steps_by_ipc(ipc: ipc_double.Ipc) -> None:
+    """A graph of copies and flags can be launched as often as wanted, between calls and steps that are not graphs."""
+
+    def body(comm: Communicator) -> None:
+        send, out = on_gpu(comm, shard(comm.rank)), on_gpu(comm, np.zeros((3 * 3000, 2), np.float32))
+        expected = np.concatenate([shard(rank) for rank in range(3)])
+        for call in range(4):
+            out[...] = -1
+            comm.decomposed_allgather(send, out, algorithm="rings")
+            other = comm.decomposed_allgather(send, algorithm="direct")
+            found = {}
+            for arrival in comm.allgather_steps(send, algorithm="rings"):
+                settled(comm)
+                found |= {(chunk.source, chunk.start): np.array(chunk.data) for chunk in arrival.chunks}
+            settled(comm)
+            assert np.array_equal(out, expected), call
+            assert np.array_equal(other, expected)
+            assert np.array_equal(np.concatenate([found[key] for key in sorted(found)]), expected)
+
+    on_ranks(3, body)
+    assert sum(graph.launched for graph in Runtime.graphs) >= 3 * 3
