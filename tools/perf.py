@@ -47,7 +47,9 @@ def _run(collective: Collective, world: MPI.Intracomm, options: Options) -> int:
     dtype = perf_data.dtype(options.dtype)
     if perf_data.Pattern(dtype, world.size, 0, collective.reduces).width < 1:
         raise Unsupported(f"-d {options.dtype} cannot hold exact sums over {world.size} ranks: take a wider type")
-    memory: Memory = HostMemory() if options.device == "cpu" else device_memory(world, options.arrays)
+    memory: Memory = (
+        HostMemory() if options.device == "cpu" else device_memory(world, options.arrays, options.gpu_transport)
+    )
     comm = communicator(options.topology, options.timeout, gpu_transport=options.gpu_transport)
     found = (collective.extent(size, dtype.itemsize, world.size) for size in options.sizes())
     bench = Bench(collective, world, options, dtype, list(dict.fromkeys(found)), memory)

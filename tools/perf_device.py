@@ -103,8 +103,11 @@ class DeviceMemory:
         return _COPY_BYTES / median([self.timed(copy).total for _ in range(_COPIES)][1:]) / 1e9
 
 
-def device_memory(world: MPI.Intracomm, arrays: str) -> DeviceMemory:
-    """This rank's. Ranks take the GPUs of their host in turn. Unsupported, on all ranks, if one has none."""
+def device_memory(world: MPI.Intracomm, arrays: str, gpu_transport: str | None) -> DeviceMemory:
+    """This rank's. Ranks take the GPUs of their host in turn. Unsupported, on all ranks, if one has none.
+
+    Where NCCL is asked for by name, it is made to take ranks that share a GPU: their data then goes through sockets.
+    """
     fault, made = "", None
     try:
         import cupy
@@ -116,6 +119,8 @@ def device_memory(world: MPI.Intracomm, arrays: str) -> DeviceMemory:
     told = [(rank, text) for rank, text in enumerate(world.allgather(fault)) if text]
     if told or made is None:
         raise Unsupported(f"--device cuda: rank {told[0][0]} cannot use a GPU: {told[0][1]}")
+    if max(world.allgather(ranks_on_gpu(world, made))) > 1 and gpu_transport == "nccl":
+        os.environ.setdefault("NCCL_HOSTID", f"rank {world.rank}")
     return made
 
 
