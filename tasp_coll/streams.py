@@ -193,13 +193,19 @@ class _Stream(Iterator[Arrival]):
         if self._views is not None:
             self._views.over = True
 
+    def release(self) -> None:
+        """Be done with the step that came last, before the next is asked for: its memory may be used again, and what
+        was filled travels on. Not needed, but the earlier the better."""
+        if self._views is not None and not self._views.over:
+            self._let_go()
+            self._driver.open((self.gate, self._next - 1))
+
     def __next__(self) -> Arrival:
         step, driver = self._next, self._driver
-        self._let_go()
         if driver.ended:
+            self._let_go()
             raise StopIteration
-        if step:
-            driver.open((self.gate, step - 1))
+        self.release()
         if step == len(self._program.layout):
             driver.finish()
             raise StopIteration

@@ -42,6 +42,19 @@ class ndarray(np.ndarray[Any, Any]):
     def __array_finalize__(self, parent: Any) -> None:
         self.number = getattr(parent, "number", 0)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
+        """While a stream captures, arithmetic goes to the graph."""
+        plain = [np.asarray(x) if isinstance(x, ndarray) else x for x in inputs]
+        targets = None if out is None else tuple(np.asarray(x) for x in out)
+        stream = current()
+        if out is not None and stream.is_capturing():
+            at, nbytes = out[0].ctypes.data, out[0].nbytes
+            entry = Entry(stream.ptr, uses=((at, nbytes, True),))
+            stream.give(lambda: getattr(ufunc, method)(*plain, out=targets, **kwargs), entry)
+            return out[0]
+        found = getattr(ufunc, method)(*plain, out=targets, **kwargs)
+        return out[0] if out is not None else found
+
     @property
     def data(self) -> Any:  # type: ignore[override]
         pointer = type("Pointer", (), {})()
@@ -60,7 +73,7 @@ class Runtime:
     fabric = Fabric()
     handles = count(16)
     graphs: ClassVar[list[Any]] = []
-    refuse = False  # to capture
+    refuse: ClassVar[set[int]] = set()  # the GPUs that will not capture
 
     @classmethod
     def stream_after(cls, before: Stream) -> Stream:
@@ -127,7 +140,7 @@ class Stream:
 
     def begin_capture(self, mode: int | None = None) -> None:
         assert self.ptr not in (0, 1), "the default stream cannot be captured"
-        if Runtime.refuse:
+        if self.number in Runtime.refuse:
             raise RuntimeError("cudaErrorStreamCaptureUnsupported")
         with Runtime.fabric.lock:
             Runtime.fabric.captures[self.number, self.ptr] = []
@@ -229,12 +242,12 @@ def using_allocator(allocator: Any) -> Iterator[None]:
 
 
 class UnownedMemory:
-    """Within `with stream` an action is about to use it, and may write: what the stream was given before is first."""
+    """Without an owner an action is about to use it, and may write: what the stream was given before comes first."""
 
     def __init__(self, ptr: int, size: int, owner: Any, device_id: int = -1) -> None:
         self.ptr = ptr
         stream = current()
-        if getattr(Runtime.local, "outer", []) and not stream.is_capturing():  # else for the caller, who calls `settle`
+        if owner is None and not stream.is_capturing():
             drain(Runtime.here().number, stream.ptr)
             Runtime.fabric.note(stream.number, stream.ptr, ptr, size, True)
 
@@ -281,7 +294,7 @@ def _default(device_id: int = -1) -> Stream:
 def modules(fabric: Fabric) -> tuple[Any, Any]:
     """CuPy, and its NCCL, which give their work to this fabric."""
     Runtime.fabric = fabric
-    Runtime.graphs, Runtime.refuse = [], False
+    Runtime.graphs, Runtime.refuse = [], set()
     _Memory.held.clear()
     cupy: Any
     cuda: Any

@@ -62,7 +62,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("gpu_steps", "openings", "arrivals", "streams"),
     ),
     "communicator": ("communicator", "functions", "probe"),
-    "torch back end": ("torch_forms", "torch_works", "torch_backend"),
+    "torch back end": ("torch_forms", "torch_works", "torch_cuda", "torch_backend"),
 }
 ORDER = [module for room in ROOMS.values() for module in room]
 
@@ -105,7 +105,11 @@ ONLY: dict[str, set[str]] = {
     "functions": {"communicator", "streams"},
     "torch_forms": set(),
     "torch_works": {"errors"},
-    "torch_backend": {"errors", "reduction", "topology", "torch_forms", "torch_works", "transport.torch"},
+    "torch_cuda": {"errors", "transport.nccl"},
+    "torch_backend": {
+        *("errors", "reduction", "topology"),
+        *("torch_forms", "torch_works", "torch_cuda", "transport.torch"),
+    },
 }
 LIBRARIES = {  # beside NumPy
     "transport.mpi": {"mpi4py"},
@@ -113,6 +117,7 @@ LIBRARIES = {  # beside NumPy
     "transport.nccl": {"cupy"},
     "torch_forms": {"torch"},
     "torch_works": {"torch"},
+    "torch_cuda": {"torch"},
     "torch_backend": {"torch"},
     "device": {"cupy"},
     "arrays": {"cupy"},
