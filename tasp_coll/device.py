@@ -141,6 +141,12 @@ class Device:
                 self._sides.append(self._cupy.cuda.Stream(non_blocking=True))
         return self._sides[number]
 
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        """With the stream as CuPy's current one."""
+        with self._device, stream:
+            yield
+
     def event(self, stream: Any) -> Any:
         """Recorded now: done when all that the stream was given is."""
         with self._device:
