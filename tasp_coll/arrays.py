@@ -5,7 +5,7 @@
     ...                                         # bytes move into out.address
     return result(out)                          # NumPy array, torch tensor, jax.Array, bytearray ...
 
-Only frameworks that are already loaded are touched. Memory is the host's, or a GPU's (torch, CuPy, and what has
+Only frameworks that are already loaded are touched. Memory is the host's, or a GPU's (torch, CuPy, JAX, and what has
 `__cuda_array_interface__` where CuPy is installed), which only its own framework reads and writes.
 """
 
@@ -20,7 +20,6 @@ import numpy as np
 
 from .frameworks import (
     Buffer,
-    Cupy,
     DeviceBytes,
     Dlpack,
     Flat,
@@ -34,12 +33,14 @@ from .frameworks import (
     buffer_of,
     type_error,
 )
+from .frameworks_gpu import Cupy, JaxOnGpu
 
 __all__ = [
     "Buffer",
     "DeviceBytes",
     "crosses",
     "describe",
+    "follows",
     "memory_at",
     "new",
     "overlap",
@@ -53,6 +54,7 @@ _TORCH = Torch()
 _JAX = Jax()
 _FLAT = Flat()
 _CUPY = Cupy()
+_JAX_ON_GPU = JaxOnGpu()
 _FLAT_TYPES: dict[str, type[Any]] = {"array": stdarray.array, "bytearray": bytearray, "bytes": bytes}
 _EXPORTER = HeldKind()
 _KINDS: dict[str, Kind] = {
@@ -61,6 +63,7 @@ _KINDS: dict[str, Kind] = {
     "jax": _JAX,
     "dlpack": Dlpack(),
     "cupy": _CUPY,
+    "jax_gpu": _JAX_ON_GPU,
     **dict.fromkeys(_FLAT_TYPES, _FLAT),
     **dict.fromkeys(("memoryview", "buffer", "interface"), _EXPORTER),
 }
@@ -71,7 +74,7 @@ def describe(array: Any, name: str) -> Buffer:
     """Where the memory of `array` is and what is in it, without a copy (except that a NumPy scalar becomes an
     array, and a lazily conjugated or negated torch tensor is resolved; both are then read-only).
 
-    NumPy arrays, dense torch tensors and jax.Arrays in host memory, and anything with DLPack,
+    NumPy arrays, dense torch tensors, jax.Arrays, and anything with DLPack,
     `__array_interface__` or the buffer protocol; any shape, any strides, any dtype whose elements are plain
     bytes. `name` is the argument's name. ArgumentTypeError says what to pass instead of anything else.
     """
@@ -82,7 +85,7 @@ def describe(array: Any, name: str) -> Buffer:
         return _TORCH.describe(array, name)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(array, getattr(jax, "Array", ())):
-        return _JAX.describe(array, name)
+        return (_JAX_ON_GPU if JaxOnGpu.holds(array) else _JAX).describe(array, name)
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
         return _CUPY.describe(array, name)
@@ -140,6 +143,12 @@ def crosses(buffer: Buffer, stream: int) -> bool:
     False where the framework cannot be told: then somebody has to hold the array until then.
     """
     return _KINDS[buffer.kind].crosses(buffer, stream)
+
+
+def follows(buffer: Buffer) -> bool:
+    """Whether its framework gives an array's memory away in the order of the stream that is current for it, so that a
+    call on that stream may let the array go before the GPU is done."""
+    return _KINDS[buffer.kind].follows()
 
 
 def overlap(a: Buffer, b: Buffer) -> bool:

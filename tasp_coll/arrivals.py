@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +18,15 @@ from tasp_coll.executor import Place
 class Views:
     """Makes the arrays of one step, once each, until the step is over: then their memory is used for other things."""
 
-    def __init__(self, like: Buffer, stage: NDArray | DeviceBytes, readonly: bool) -> None:
-        self._like, self._stage = like, stage
+    def __init__(
+        self,
+        like: Buffer,
+        stage: NDArray | DeviceBytes,
+        readonly: bool,
+        looking: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """looking: the context in which arrays are made."""
+        self._like, self._stage, self._looking = like, stage, looking
         self._rest = Shape.of(like.shape).rest
         # torch has no read-only view, only a copy: there the caller is trusted.
         self._readonly = readonly and like.kind != "torch"
@@ -30,7 +39,8 @@ class Views:
         memory, offset = self._stage, place.offset
         if place.region != "stage" or not place.nbytes:
             memory, offset = arrays.part(self._like, offset, place.nbytes), 0
-        return arrays.view(self._like, memory, offset, (rows, *self._rest), readonly=self._readonly)
+        with self._looking():
+            return arrays.view(self._like, memory, offset, (rows, *self._rest), readonly=self._readonly)
 
 
 @dataclass(frozen=True)

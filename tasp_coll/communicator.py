@@ -53,7 +53,7 @@ class Communicator:
         equal links.
     timeout: seconds without progress after which a wait ends; None: TASP_COLL_TIMEOUT, else 600.
     stream: the CUDA stream for arrays on a GPU: CuPy's, torch's or a handle; None: the current one of each call's
-        framework.
+        framework (for JAX, which has none, CuPy's).
     gpu_transport: what carries arrays on GPUs: "nccl", "ipc" (CUDA IPC and copy engines, between GPUs of one host) or
         "auto" (NCCL, or, where it is missing or refuses ranks that share a GPU, CUDA IPC); None: what
         TASP_COLL_GPU_TRANSPORT names, else "auto".
@@ -145,7 +145,7 @@ class Communicator:
     ) -> Any:
         """Every rank's array on every rank: (d0, *rest) each -> (n * d0, *rest), rank-major; 0-d arrays give (n,).
 
-        send: NumPy, torch, CuPy, JAX (CPU) or anything with DLPack, `__array_interface__`, `__cuda_array_interface__`
+        send: NumPy, torch, CuPy, JAX or anything with DLPack, `__array_interface__`, `__cuda_array_interface__`
             or the buffer protocol; any dtype; the same shape and dtype on all ranks, and on a GPU on all or on none.
             Never changed; packed once if it is not contiguous. Arrays on GPUs travel by NCCL, in the order of the
             stream (see the constructor): the call returns when the stream has been given everything.
@@ -242,6 +242,9 @@ class Communicator:
         ask for the next step: they are views (copies for JAX, made when you look). `arrival.began` and `.ended` say
         when it travelled, in `time.perf_counter()` seconds. The stream's `layout` tells from the start what each step
         brings: per step `Rows` (source, ring, start, stop), as `arrivals` of the stream's `schedule` does for any rank.
+
+        On a GPU transfers run on a stream beside the caller's, and the caller's waits for each arrival; no host does. All
+        ranks ask for steps, of several streams too, and make calls in between in the same order.
 
         Memory: two steps' chunks, beside send. donate: send's memory is given away, undefined afterwards; where all
         shards are equal the stream then needs memory for one step more than send. It must be contiguous and writable,

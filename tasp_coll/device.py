@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -81,6 +82,7 @@ class Device:
         self.number, self._handle = number, handle
         self._device = cupy.cuda.Device(number)
         self._stage: dict[int, tuple[int, Any]] = {}  # by stream: bytes, memory
+        self._foreign: dict[int, Any] = {}  # streams, by handle
         self._greeting: Any = None
         self._sides: list[Any] = []
         self._captured: Any = None  # a pool for what callers capture, and who holds its memory
@@ -126,12 +128,12 @@ class Device:
         return self.cupy.cuda.get_current_stream(self.number)
 
     def _external(self, handle: int) -> Any:
-        """A stream of somebody else."""
-        cuda = self.cupy.cuda
-        if hasattr(cuda.Stream, "from_external"):  # from CuPy 14 on
-            with self._device:
-                return cuda.Stream.from_external(_Foreign(handle))
-        return cuda.ExternalStream(handle, self.number)
+        """A stream of somebody else. CuPy 14 would have `Stream.from_external`, but destroys the stream in the end."""
+        if handle not in self._foreign:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._foreign[handle] = self.cupy.cuda.ExternalStream(handle, self.number)
+        return self._foreign[handle]
 
     def side_stream(self, number: int = 0) -> Any:
         """A stream of our own, the same for all calls, which keep their order on it."""
@@ -139,6 +141,12 @@ class Device:
             with self._device:
                 self._sides.append(self.cupy.cuda.Stream(non_blocking=True))
         return self._sides[number]
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        """With the stream as CuPy's current one."""
+        with self._device, stream:
+            yield
 
     def event(self, stream: Any) -> Any:
         """Recorded now: done when all that the stream was given is."""
@@ -287,16 +295,6 @@ class _Strands:
         now = self._device.event(first) if others else None
         for other in others:
             other.wait_event(now)
-
-
-@dataclass(frozen=True)
-class _Foreign:
-    """A stream's handle under the protocol by which CuPy takes it in."""
-
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
 
 
 class OnGpu:

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -76,6 +77,7 @@ class Kind(Protocol):
     def result(self, buffer: Buffer) -> Any: ...
     def view(self, like: Buffer, memory: Any, offset: int, shape: Shape, readonly: bool) -> Any: ...
     def crosses(self, buffer: Buffer, stream: int) -> bool: ...
+    def follows(self) -> bool: ...
 
 
 def type_error(name: str, came: object, rule: str) -> ArgumentTypeError:
@@ -160,6 +162,9 @@ class Plain:
     def crosses(self, buffer: Buffer, stream: int) -> bool:
         return False
 
+    def follows(self) -> bool:
+        return False
+
     def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
         array: NDArray = np.ndarray(shape, self.host(like.owner).dtype, memory, offset)
         if readonly:
@@ -212,6 +217,17 @@ class Dlpack(HeldKind):
         return host if from_dlpack is None else from_dlpack(host)
 
 
+def jax_types(dtype: np.dtype[Any]) -> AbstractContextManager[Any]:
+    """Where JAX makes arrays of a dtype. The caller's was made with 64-bit types enabled; they need not be here."""
+    if dtype not in (np.int64, np.uint64, np.float64, np.complex128):
+        return nullcontext()
+    jax = sys.modules["jax"]
+    found: AbstractContextManager[Any] = (
+        jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    )(True)
+    return found
+
+
 class Jax(HeldKind):
     """jax.Array on one CPU device, the owner's source. XLA adopts aligned memory, of bfloat16 and fp8 too."""
 
@@ -226,7 +242,9 @@ class Jax(HeldKind):
             raise type_error(name, array, rule)
         (device,) = devices
         if device.platform != "cpu":
-            rule = f"must be in host memory, not on {device}: pass jax.device_put({name}, jax.devices('cpu')[0])"
+            rule = (
+                f"must be in host memory or on a GPU, not {device}: pass jax.device_put({name}, jax.devices('cpu')[0])"
+            )
             raise type_error(name, array, rule)
         try:
             host = np.asarray(array)  # waits for the values; a view of XLA's memory
@@ -249,12 +267,8 @@ class Jax(HeldKind):
 
     @staticmethod
     def _put(host: NDArray, device: Any) -> Any:
-        jax = sys.modules["jax"]
-        if host.dtype in (np.int64, np.uint64, np.float64, np.complex128):
-            # The caller's array was made with 64-bit types enabled; they need not be where this runs.
-            with (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(True):
-                return jax.device_put(host, device)
-        return jax.device_put(host, device)
+        with jax_types(host.dtype):
+            return sys.modules["jax"].device_put(host, device)
 
 
 class Torch:
@@ -314,6 +328,9 @@ class Torch:
         buffer.owner.record_stream(torch.cuda.ExternalStream(stream, device=buffer.device))
         return True
 
+    def follows(self) -> bool:
+        return True
+
     def view(self, like: Buffer, memory: Any, offset: int, shape: Shape, readonly: bool) -> Any:
         torch, dtype, count = sys.modules["torch"], like.owner.dtype, math.prod(shape)
         if not count:  # frombuffer refuses empty views
@@ -324,42 +341,3 @@ class Torch:
         if readonly or not memory.flags.writeable:  # torch has no read-only tensors
             memory, offset = memory[offset : offset + count * like.itemsize].copy(), 0
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
-
-
-class Cupy:
-    """cupy.ndarray; the owner is the array, and so is what is made of `__cuda_array_interface__`."""
-
-    def describe(self, array: Any, name: str) -> Buffer:
-        dtype = numpy_dtype_name(array.dtype)
-        flags = array.flags
-        address, device = int(array.data.ptr), int(array.device.id)
-        return Buffer(
-            address, array.nbytes, array.shape, dtype, array.itemsize, flags.c_contiguous, False, "cupy", array, device
-        )
-
-    def strides(self, buffer: Buffer) -> Shape:
-        found: Shape = buffer.owner.strides
-        return found
-
-    def packed(self, buffer: Buffer) -> Buffer:
-        with sys.modules["cupy"].cuda.Device(buffer.device):
-            return self.describe(sys.modules["cupy"].ascontiguousarray(buffer.owner), "")
-
-    def new(self, like: Buffer, shape: Shape) -> Buffer:
-        with sys.modules["cupy"].cuda.Device(like.device):
-            return self.describe(sys.modules["cupy"].empty(shape, like.owner.dtype), "")
-
-    def result(self, buffer: Buffer) -> Any:
-        return buffer.owner
-
-    def crosses(self, buffer: Buffer, stream: int) -> bool:
-        return False
-
-    def view(self, like: Buffer, memory: DeviceBytes, offset: int, shape: Shape, readonly: bool) -> Any:
-        cupy, dtype = sys.modules["cupy"], like.owner.dtype
-        nbytes = math.prod(shape) * like.itemsize
-        with cupy.cuda.Device(like.device):
-            if not nbytes:
-                return cupy.empty(shape, dtype)
-            part = cupy.cuda.UnownedMemory(memory.address + offset, nbytes, memory.owner, like.device)
-            return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(part, 0))

@@ -81,7 +81,7 @@ def _held(memory: arrays.DeviceBytes, held: list[Any]) -> int:
 
 def _keep(call: GpuCall, gpu: OnGpu) -> Any:
     """What must stay alive until the GPU is done. On the caller's own stream its allocator knows what is free when."""
-    if not gpu.beside:
+    if not gpu.beside and arrays.follows(call.send):
         return None
     buffers = [buffer for buffer in (call.send, call.out) if buffer is not None and buffer.owner is not None]
     told = [arrays.crosses(buffer, gpu.stream.ptr) for buffer in buffers]

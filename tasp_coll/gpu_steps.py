@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +117,10 @@ class GpuDriver:
         """Nobody on the host knows."""
         return None, None
 
+    def looking(self) -> AbstractContextManager[None]:
+        """On the caller's stream, as some kinds of array are copies."""
+        return self._device.on(self._caller)
+
     def finish(self) -> None:
         """Give all that is left, with what is there."""
         if not self.ended:
@@ -140,6 +145,9 @@ class GpuDriver:
                 self._side.wait_event(now)
                 self._plan.idle = device.event(self._side)
                 self._caller.wait_event(self._plan.idle)
+                if not arrays.follows(self.opened.send):
+                    _, guard = self.core.gpu(device.number)
+                    guard.watch(Pending(self.opened.name, now, self._plan.idle, self.opened))
         finally:
             self.core.streams.discard(self.opened.slot)
             self.core.gpu_streams.remove(self)

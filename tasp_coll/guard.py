@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,18 @@ from tasp_coll.errors import CollectiveError
 from tasp_coll.launches import Links
 
 _LOOK_SECONDS, _IDLE_SECONDS = 0.1, 1.0
+
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+def _relax() -> None:
+    """Let this thread ask for events while others capture graphs, which may forbid it to all threads."""
+    try:
+        exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):  # another driver
+        return
+    exchange(ctypes.byref(ctypes.c_int(_RELAXED)))
 
 
 class Linked(Protocol):
@@ -60,6 +73,7 @@ class Guard:
             self._thread.join(1.0)
 
     def _run(self) -> None:
+        _relax()
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._calls or self._closed, _IDLE_SECONDS)

@@ -212,7 +212,12 @@ class Collective:
 
     def result(self) -> Any:
         """What the caller gets back."""
-        return self.given if self.given is not None or self.out is None else arrays.result(self.out)
+        if self.given is not None or self.out is None:
+            return self.given
+        if self.gpu is not None:
+            with self.gpu.device.on(self.gpu.stream):  # what a framework reads of it later comes after that stream
+                return arrays.result(self.out)
+        return arrays.result(self.out)
 
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for; see `work.Operation`."""

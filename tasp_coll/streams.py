@@ -7,6 +7,7 @@ iterator that lets a step's memory go when the next step is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -43,6 +44,9 @@ class Driver(Protocol):
 
     def times(self, step: int) -> tuple[float | None, float | None]:
         """When what it brings travelled."""
+
+    def looking(self) -> AbstractContextManager[Any]:
+        """Where the caller's arrays of a step are made."""
 
     def finish(self) -> None:
         """Carry out all that is left, with what is there."""
@@ -104,6 +108,10 @@ class HostDriver:
         """When what it brings travelled."""
         mark = ("arrived", step)
         return self.flow.began.get(mark), self.flow.ended.get(mark)
+
+    def looking(self) -> AbstractContextManager[Any]:
+        """Anywhere."""
+        return nullcontext()
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Drive until then; raises what went wrong."""
@@ -215,7 +223,7 @@ class _Stream(Iterator[Arrival]):
     def _hand_over(self) -> Arrival:
         step, self._next = self._next, self._next + 1
         driver, program = self._driver, self._program
-        self._views = views = Views(driver.opened.send, driver.memory, self.readonly)
+        self._views = views = Views(driver.opened.send, driver.memory, self.readonly, driver.looking)
         chunks = tuple(Chunk(*piece, views) for piece in program.layout[step])
         return Arrival(step, chunks, *driver.times(step), program.stretches[step], views)
 

@@ -159,12 +159,6 @@ class Stream:
     def is_capturing(self) -> bool:
         return (self.number, self.ptr) in Runtime.fabric.captures
 
-    @classmethod
-    def from_external(cls, stream: Any) -> Stream:
-        made = cls.__new__(cls)
-        made.ptr, made.number = stream.__cuda_stream__()[1], Runtime.here().number
-        return made
-
 
 class Graph:
     """What a stream was given while it captured, once more. One stream's order stands for all of a graph."""
@@ -332,3 +326,21 @@ def install(monkeypatch: Any) -> Fabric:
     for name, module in (("cupy", cupy), ("cupy.cuda", cupy.cuda), ("cupy.cuda.nccl", nccl)):
         monkeypatch.setitem(sys.modules, name, module)
     return fabric
+
+
+SIGNATURES = {  # of what `tasp_coll.device` calls, as the docstrings of CuPy 14 have them
+    "Stream.begin_capture": "_BaseStream.begin_capture(self, mode=None)",
+    "Stream.end_capture": "_BaseStream.end_capture(self)",
+    "Stream.is_capturing": "_BaseStream.is_capturing(self)",
+    "Stream.wait_event": "_BaseStream.wait_event(self, event)",
+    "Graph.launch": "Graph.launch(self, stream=None)",
+    "Graph.upload": "Graph.upload(self, stream=None)",
+    "Event.record": "Event.record(self, stream=None)",
+    "MemoryPool.malloc": "MemoryPool.malloc(self, size_t size) -> MemoryPointer",
+    "UnownedMemory": "UnownedMemory(intptr_t ptr, size_t size, owner, int device_id=-1)",
+    "MemoryPointer": "MemoryPointer(BaseMemory mem, ptrdiff_t offset)",
+    "alloc": "alloc(size) -> MemoryPointer",
+    "get_current_stream": "get_current_stream(int device_id=-1)",
+    "runtime.memsetAsync": "memsetAsync(intptr_t ptr, int value, size_t size, intptr_t stream)",
+    "runtime.memcpyAsync": "memcpyAsync(intptr_t dst, intptr_t src, size_t size, int kind, intptr_t stream)",
+}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cupy_double
 from loopback_ranks import attempt
 from nccl_double import SIGNATURES, Fabric, Group, Message, Nccl, Stuck, check_records, ranks_of
 from tasp_coll import CollectiveError, MismatchError, PeerTimeoutError, Schedule, Topology, plan
@@ -340,3 +341,14 @@ def test_the_double_has_the_real_modules_signatures() -> None:
     assert isinstance(real.NCCL_UINT8, int)
     assert issubclass(real.NcclError, Exception)
     assert len(new_id(real)) == 128
+
+
+@pytest.mark.parametrize("name", cupy_double.SIGNATURES)
+def test_the_double_of_cupy_has_the_real_modules_signatures(name: str) -> None:
+    try:
+        thing: Any = importlib.import_module("cupy").cuda
+    except ImportError as error:
+        pytest.skip(f"CuPy is not installed here ({error}): pip install -e '.[cuda12]'")
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    assert thing.__doc__.strip().splitlines()[0] == cupy_double.SIGNATURES[name]

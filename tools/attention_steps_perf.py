@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     lengths = [8192, 32768]
     parser.add_argument(
-        "--local-tokens", type=_counts, default=lengths, metavar="N,M", help="of a rank, even (default 8K,32K)"
+        "--local-tokens", type=_counts, default=lengths, metavar="N,M", help="of a rank (default 8K,32K)"
     )
     parser.add_argument("--ranks", type=integer(2), default=4, metavar="N", help="steps of the loop (default 4)")
     parser.add_argument("--batch", type=integer(1), default=1, metavar="N", help="sequences (default 1)")
