@@ -85,6 +85,7 @@ class Rings:
             request = next(requests)
         for part in parts:
             part.add((dquery, *wire.sides(request.data)), step, moved)
+        requests.release()  # so that it travels while the next part is computed
 
     def _arrivals(self, job: Job, key: Tensor, value: Tensor, reverse: bool) -> Iterator[tuple[int, Layout, Tensor]]:
         """(step, layout, rows) of each step, the first this rank's own."""

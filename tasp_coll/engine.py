@@ -136,6 +136,11 @@ class Engine:
             with self._wake:
                 self._wake.notify_all()
 
+    def settle(self, operation: Operation) -> None:
+        """Carry out what is queued, so that what the caller does next comes after it, on every rank alike."""
+        if self._queue:
+            self.drive(lambda: not self._queue, operation)
+
     def nudge(self) -> None:
         """One poll of everything."""
         if self.broken:
