@@ -108,12 +108,12 @@ def device_memory(world: MPI.Intracomm, arrays: str, gpu_transport: str | None) 
 
     Where NCCL is asked for by name, it is made to take ranks that share a GPU: their data then goes through sockets.
     """
-    fault, made = "", None
+    fault, made, local = "", None, _local_rank(world)
     try:
         import cupy
 
         count = cupy.cuda.runtime.getDeviceCount()
-        made = DeviceMemory(cupy, _local_rank(world) % count, arrays)
+        made = DeviceMemory(cupy, local % count, arrays)
     except Exception as error:  # CuPy's, torch's, the driver's
         fault = f"{type(error).__name__}: {error}"
     told = [(rank, text) for rank, text in enumerate(world.allgather(fault)) if text]

@@ -11,6 +11,7 @@ import mmap
 import os
 import select
 import tempfile
+import threading
 import time
 import zlib
 
@@ -55,6 +56,7 @@ class Shared:
         self._bodies = letters[..., 8 * _HEADER :]
         self._number = 0
         self._processes: dict[int, int] = {}  # descriptor of a process -> rank
+        self._looking, self._poll = threading.Lock(), select.poll()
 
     @staticmethod
     def create(size: int, slots: int, value: int) -> str:
@@ -90,7 +92,8 @@ class Shared:
         for rank, process in enumerate(processes):
             with contextlib.suppress(OSError, AttributeError):  # an old kernel: then the timeout has to do
                 if process != os.getpid():
-                    self._processes[os.pidfd_open(process)] = rank
+                    self._processes[descriptor := os.pidfd_open(process)] = rank
+                    self._poll.register(descriptor, select.POLLIN)
 
     def trouble(self) -> str | None:
         """What has happened to another rank."""
@@ -98,12 +101,12 @@ class Shared:
             for rank, state in enumerate(self.states()):
                 if state == GAVE_UP and rank != self.rank:
                     return f"rank {rank} gave up"
-        if not self._processes:
+        if not self._processes or not self._looking.acquire(blocking=False):  # or another thread looks just now
             return None
-        looking = select.poll()
-        for descriptor in self._processes:
-            looking.register(descriptor, select.POLLIN)
-        ended = (self._processes[descriptor] for descriptor, _ in looking.poll(0))
+        try:
+            ended = [self._processes[descriptor] for descriptor, _ in self._poll.poll(0)]
+        finally:
+            self._looking.release()
         gone = sorted(rank for rank in ended if self._states[rank] != CLOSED)
         return f"the process of rank {gone[0]} has ended" if gone else None
 
@@ -160,9 +163,11 @@ class Shared:
 
     def close(self) -> None:
         """No longer watch processes. The memory goes when nothing refers to it."""
-        for descriptor in self._processes:
-            os.close(descriptor)
-        self._processes.clear()
+        with self._looking:
+            for descriptor in self._processes:
+                self._poll.unregister(descriptor)
+                os.close(descriptor)
+            self._processes.clear()
 
 
 def _extents(size: int, slots: int) -> tuple[int, int, int]:
