@@ -340,7 +340,8 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self._core.engine.interrupted(kind)
         self.close()
 
     def _call(self, kind: type[Collective], send: Any, recv: Any, options: Options, async_op: bool) -> Any:

@@ -206,7 +206,9 @@ class _Stream(Iterator[Arrival]):
     def __enter__(self) -> _Stream:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if not self._driver.ended:
+            self._driver.core.engine.interrupted(kind)
         self.close()
 
     def __del__(self) -> None:

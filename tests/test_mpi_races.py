@@ -267,7 +267,33 @@ say("end")
 """
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+INSIDE = """
+x = np.ones(30_000)
+begun = 0.0
+try:
+    with tasp_coll.Communicator(timeout=30) as comm:
+        with comm.allgather_steps(x) as stream:
+            for arrival in stream:
+                if rank == 1 and arrival.step == 1:
+                    begun = time.monotonic()
+                    raise KeyboardInterrupt
+                comm.decomposed_allreduce(x)  # for which the other rank waits
+except KeyboardInterrupt:
+    assert time.monotonic() - begun < 10
+    assert not comm.usable
+    say("interrupted")
+    os._exit(3)
+"""
+
+
+def test_an_interrupt_in_the_block_of_a_stream_waits_for_nobody(mpirun: MpiRun) -> None:
+    """Though leaving it early in another way ends it properly, which takes the peers."""
+    ended = run(mpirun, 2, INSIDE)
+    assert ended.returncode != 0
+    assert "interrupted" in ended.stdout, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("seed", [1, 2])
 def test_an_interrupt_at_any_moment_comes_out(mpirun: MpiRun, seed: int) -> None:
     ended = run(mpirun, 2, CAUGHT, seed)
     assert "interrupted\n" in ended.stdout or "told" in ended.stdout, ended.stdout + ended.stderr
