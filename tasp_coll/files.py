@@ -33,8 +33,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file (UTF-8) says; OSError or ValueError that tells what is wrong with it.
 
-    Stricter than `json`: no key comes twice in an object, and nesting that is too deep is a ValueError. NaN and Infinity
-    are numbers that whoever looks at the entry refuses, by its name.
+    Stricter than `json`: no key comes twice in an object, and nesting that is too deep is a ValueError. NaN and
+    Infinity are numbers, which whoever looks at the entry refuses by its name.
     """
     text = read_bytes(path).decode("utf-8")
     return parse_json(text)
