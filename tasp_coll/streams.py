@@ -208,7 +208,7 @@ class _Stream(Iterator[Arrival]):
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if not self._driver.ended:
-            self._driver.core.engine.interrupted(kind)
+            self._driver.opened.core.engine.interrupted(kind)
         self.close()
 
     def __del__(self) -> None:

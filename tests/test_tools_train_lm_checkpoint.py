@@ -43,11 +43,13 @@ def grown(path: Path) -> None:
 
 
 def pickled(path: Path) -> None:
-    torch.save(load_file(path / TRAINING), path / TRAINING)
+    held = {name: value.clone() for name, value in load_file(path / TRAINING).items()}  # out of the file
+    torch.save(held, path / TRAINING)
 
 
 def of_another_run(path: Path) -> None:
-    save_file({name: value + 1 for name, value in load_file(path / MODEL).items()}, path / MODEL)
+    changed = {name: value + 1 for name, value in load_file(path / MODEL).items()}
+    save_file(changed, path / MODEL)
 
 
 def without_memory(path: Path) -> None:
