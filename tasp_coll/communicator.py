@@ -244,7 +244,7 @@ class Communicator:
         brings: per step `Rows` (source, ring, start, stop), as `arrivals` of the stream's `schedule` does for any rank.
 
         On a GPU transfers run on a stream beside the caller's, and the caller's waits for each arrival; no host does.
-        All ranks ask for steps, of several streams too, and make calls in between in the same order.
+        There all ranks ask for steps, of several streams too, and make calls in between, in the same order.
 
         Memory: two steps' chunks, beside send. donate: send's memory is given away, undefined afterwards; where all
         shards are equal the stream then needs memory for one step more than send. It must be contiguous and writable,

@@ -189,7 +189,7 @@ def test_several_communicators(fabric: Fabric, monkeypatch: pytest.MonkeyPatch, 
     def body(comm: Communicator) -> None:
         send = on_gpu(comm, shard(comm.rank, 0))
         every = [shard(rank, 0) for rank in range(n)]
-        for _ in range(3):
+        for _ in range(3 if n < 5 else 1):
             out = comm.decomposed_allgather(send, algorithm="rings")
             total = comm.decomposed_allreduce(send, algorithm="rings")
             Device(comm.rank).synchronize()
