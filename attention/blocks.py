@@ -156,17 +156,24 @@ def blocks(queries: Iterable[Run], keys: Iterable[Run], seen: Band) -> tuple[Blo
 
 
 def _by_rows(seen_by: dict[tuple[int, int, int], list[tuple[int, int]]]) -> dict[tuple[int, int], list[slice]]:
-    """Rows that see the same keys become one range where they touch; keys that the same rows see one set."""
-    found: dict[tuple[int, int], list[slice]] = defaultdict(list)
-    for (at, stride, tokens), rows in seen_by.items():
-        placed = spaced(at, tokens, stride)
-        joined: list[tuple[int, int]] = []
-        for start, stop in sorted(rows):
-            if joined and joined[-1][1] == start:
-                start = joined.pop()[0]
-            joined.append((start, stop))
-        for both in joined:
-            found[both].append(placed)
+    """Rows are cut where what they see changes, so that each is in one block and is merged once."""
+    turns: dict[int, list[tuple[bool, tuple[int, int, int]]]] = defaultdict(list)
+    for keys, rows in seen_by.items():
+        for start, stop in rows:
+            turns[start].append((True, keys))
+            turns[stop].append((False, keys))
+    found: dict[tuple[int, int], list[slice]] = {}
+    seen: set[tuple[int, int, int]] = set()
+    since = 0
+    for at in sorted(turns):
+        before = frozenset(seen)
+        for begins, keys in sorted(turns[at]):  # ends first: keys may go on to be seen
+            seen.add(keys) if begins else seen.remove(keys)
+        if seen == before:
+            continue
+        if before:
+            found[since, at] = [spaced(first, tokens, stride) for first, stride, tokens in sorted(before)]
+        since = at
     return found
 
 

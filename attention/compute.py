@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attention.blocks import FULL, TURNED, Block, Keys, places
+from attention.kernel_parts import tiles
 from attention.kernels import Kernel
 from attention.merge import Partial
 from attention.partition import Indices
@@ -72,40 +73,61 @@ class Compute:
     ) -> None:
         """query (B, H, L, D), key and value (B, Hkv, S, D): merges each block's result into the running one."""
         for block in blocks:
-            rows, columns = Place.rows(block), Place.columns(block)
-            with span("compute", step):
-                out, lse = self.kernel.forward(
-                    rows.take(query),
-                    columns.take(key),
-                    columns.take(value),
-                    causal=block.kind != FULL,
-                    scale=self.scale,
-                )
-            with span("merge", step):
-                into.add(block.rows, rows.back(out), rows.back(lse))
+            rows = Place.rows(block)
+            for heads, (keys, values), _ in self._tiles(block, query, key, value, step):
+                with span("compute", step):
+                    out, lse = self.kernel.forward(
+                        rows.take(query[:, heads]), keys, values, causal=block.kind != FULL, scale=self.scale
+                    )
+                with span("merge", step):
+                    into.add(block.rows, rows.back(out), rows.back(lse), heads)
 
     def backward(
         self, blocks: Iterable[Block], saved: Saved, key: Tensor, value: Tensor, into: Gradients, step: int = 0
     ) -> None:
         """Adds each block's part to the gradients of the queries and of these keys and values."""
-        for part in self.parts(blocks, saved, key, value, step):
-            part.add(into, step)
+        for part in self.parts(blocks, saved, key, value, into[0], step):
+            part.add(into[1:], step)
 
-    def parts(self, blocks: Iterable[Block], saved: Saved, key: Tensor, value: Tensor, step: int = 0) -> list[Part]:
-        """Each block's part of the gradients."""
-        return [self._part(block, saved, key, value, step) for block in blocks]
+    def parts(
+        self, blocks: Iterable[Block], saved: Saved, key: Tensor, value: Tensor, dquery: Tensor, step: int = 0
+    ) -> list[Part]:
+        """Each block's part of the gradients of keys and values; that of queries is added to `dquery`."""
+        return [part for block in blocks for part in self._parts(block, saved, key, value, dquery, step)]
 
-    def _part(self, block: Block, saved: Saved, key: Tensor, value: Tensor, step: int) -> Part:
-        rows, columns = Place.rows(block), Place.columns(block)
-        with span("compute", step):
-            found = self.kernel.backward(
-                *(rows.take(x) for x in (saved.grad, saved.query)),
-                *(columns.take(x) for x in (key, value)),
-                *(rows.take(x) for x in (saved.out, saved.lse)),
-                causal=block.kind != FULL,
-                scale=self.scale,
-            )
-        return Part(rows, columns, found)
+    def _parts(
+        self, block: Block, saved: Saved, key: Tensor, value: Tensor, dquery: Tensor, step: int
+    ) -> Iterator[Part]:
+        """One for each tile of heads of keys."""
+        rows, part = Place.rows(block), None
+        for heads, keys_values, shared in self._tiles(block, saved.query, key, value, step):
+            grad, query, out, lse = (rows.take(x[:, heads]) for x in (saved.grad, saved.query, saved.out, saved.lse))
+            with span("compute", step):
+                found = self.kernel.backward(
+                    grad, query, *keys_values, out, lse, causal=block.kind != FULL, scale=self.scale
+                )
+            with span("merge", step):
+                rows.add(dquery[:, heads], found[0])
+                if part is not None and part.heads == shared:
+                    part.join(*found[1:])
+                    continue
+            if part is not None:
+                yield part
+            part = Part(Place.columns(block), shared, found[1], found[2])
+        if part is not None:
+            yield part
+
+    def _tiles(
+        self, block: Block, query: Tensor, key: Tensor, value: Tensor, step: int
+    ) -> Iterator[tuple[slice, tuple[Tensor, Tensor], slice]]:
+        """Heads of queries, the block's keys and values for them, and the heads of these; cut out tile by tile, as
+        what does not lie evenly is copied."""
+        columns, last, cut = Place.columns(block), None, (key, value)
+        for heads, shared in tiles(query[:, :, block.rows], key.shape[1], self.kernel.near):
+            if shared != last:
+                with span("compute", step):
+                    last, cut = shared, (columns.take(key[:, shared]), columns.take(value[:, shared]))
+            yield heads, cut, shared
 
 
 @dataclass(frozen=True)
@@ -120,15 +142,21 @@ class Saved:
 
 @dataclass(frozen=True)
 class Part:
-    """A block's part of the gradients, and where it belongs."""
+    """A block's part of the gradients of some heads' keys and values, and where it belongs."""
 
-    rows: Place
     columns: Place
-    found: tuple[Tensor, Tensor, Tensor]
+    heads: slice
+    dkey: Tensor
+    dvalue: Tensor
 
-    def add(self, into: Gradients, step: int = 0, moved: Indices | None = None) -> None:
-        """moved: where in `into` the gradient of each key is, if not where the key was."""
+    def join(self, dkey: Tensor, dvalue: Tensor) -> None:
+        """What other queries add."""
+        self.dkey.add_(dkey)
+        self.dvalue.add_(dvalue)
+
+    def add(self, into: tuple[Tensor, ...], step: int = 0, moved: Indices | None = None) -> None:
+        """into: of keys and values. moved: where in it the gradient of each key is, if not where the key was."""
         columns = self.columns if moved is None else replace(self.columns, keys=moved[places(self.columns.keys)])
         with span("merge", step):
-            for place, total, part in zip((self.rows, columns, columns), into, self.found, strict=True):
-                place.add(total, part)
+            for total, part in zip(into, (self.dkey, self.dvalue), strict=True):
+                columns.add(total[:, self.heads], part)

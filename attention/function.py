@@ -59,7 +59,8 @@ def context_parallel_attention(
         the kernel. On rings step t+1 travels while step t is computed.
 
     Returns (B, H, L, D) in query's dtype; differentiable once. Results do not change from run to run. Beyond inputs and
-    results, "tasp" and "ring" hold two steps of keys and values forward; backward two more of gradients in float32.
+    results, "tasp" and "ring" hold two steps of keys and values forward (and copy a head of what a causal step needs);
+    backward two more steps of gradients in float32.
     Raises ArgumentError if all ranks' arguments are bad alike, else MismatchError on every rank, before any key moves.
     """
     if not isinstance(comm, Communicator):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,6 +36,25 @@ def check_block(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> None
             f"a causal block must be square, got {rows} queries and {found[2]} keys: kernels differ in where the "
             "diagonal of others lies"
         )
+
+
+def tiles(query: Tensor, kv_heads: int, nbytes: int | None) -> Iterator[tuple[slice, slice]]:
+    """Heads of queries (B, H, S, D) whose result takes about `nbytes` (None: all), with the heads of keys they share.
+
+    Where queries' heads share one of keys, no tile has more than these, if not all.
+    """
+    batch, heads, rows, dim = query.shape
+    shared = heads // kv_heads
+    each = max(batch * rows * dim * wide(query.dtype).itemsize, 1)
+    if nbytes is None or each * heads <= nbytes:
+        yield slice(0, heads), slice(0, kv_heads)
+        return
+    span = heads if shared == 1 else shared
+    size = -(-span // -(-span // max(min(nbytes // each, span), 1)))  # as even as can be
+    for first in range(0, heads, span):
+        for start in range(first, first + span, size):
+            stop = min(start + size, first + span)
+            yield slice(start, stop), slice(start // shared, (stop - 1) // shared + 1)
 
 
 def in_rows(x: Tensor) -> Tensor:

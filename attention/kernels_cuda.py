@@ -21,6 +21,7 @@ class FlashKernel:
     """Flash attention 2 as built into torch: float16 and bfloat16, head_dim up to 256, grouped heads as they are."""
 
     name = "flash"
+    near = None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
@@ -55,6 +56,7 @@ class CudnnKernel:
     """cuDNN's attention: float16 and bfloat16. Its lse is (B, H, S, 1), heads are expanded, one token is too few."""
 
     name = "cudnn"
+    near = None
     _small = MathKernel()
 
     def forward(
@@ -104,6 +106,7 @@ class EfficientKernel:
     """The memory-efficient kernel: float32 too, any head_dim. It pads lse to 32 rows by +inf; heads are expanded."""
 
     name = "efficient"
+    near = None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float

@@ -70,21 +70,22 @@ class Rings:
         next(arrivals)
         with job.comm.reduce_scatter_steps(home, algorithm=self.algorithm, accumulate=True) as requests:
             for step, layout, rows in arrivals:
-                parts = compute.parts(step_blocks(task, layout), saved, *wire.sides(rows), step)
-                self._add(requests, parts, dquery, step)
-            parts = compute.parts(local_blocks(task), saved, key, value, job.comm.size)
-            self._add(requests, parts, dquery, job.comm.size, wire.places(partition, rank))
+                parts = compute.parts(step_blocks(task, layout), saved, *wire.sides(rows), dquery, step)
+                self._add(requests, parts, step)
+            parts = compute.parts(local_blocks(task), saved, key, value, dquery, job.comm.size)
+            self._add(requests, parts, job.comm.size, wire.places(partition, rank))
         dkey, dvalue = (torch.empty_like(x) for x in (key, value))
         wire.unpack(partition, rank, home, dkey, dvalue)
         return dquery, dkey, dvalue
 
     @staticmethod
-    def _add(requests: Any, parts: list[Part], dquery: Tensor, step: int, moved: Indices | None = None) -> None:
+    def _add(requests: Any, parts: list[Part], step: int, moved: Indices | None = None) -> None:
         """Only now wait for what the ranks before have added up: it had the time of the computation to come."""
         with span("wait", step):
             request = next(requests)
         for part in parts:
-            part.add((dquery, *wire.sides(request.data)), step, moved)
+            part.add(wire.sides(request.data), step, moved)
+        requests.release()  # so that it travels while the next part is computed
 
     def _arrivals(self, job: Job, key: Tensor, value: Tensor, reverse: bool) -> Iterator[tuple[int, Layout, Tensor]]:
         """(step, layout, rows) of each step, the first this rank's own."""

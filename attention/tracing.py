@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasp_coll.files import writing
-
 KINDS = ("compute", "wait", "merge", "pack", "transfer")
 _NOTHING = nullcontext()
 
@@ -112,8 +110,7 @@ def write_chrome_trace(path: str | Path, recordings: Sequence[Sequence[Span]]) -
         for lane, (name, mine) in enumerate(_lanes(spans)):
             events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": lane, "args": {"name": name}})
             events += [_event(span, rank, lane, begun) for span in mine]
-    with writing(path) as partial:
-        partial.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
 def _lanes(spans: Sequence[Span]) -> list[tuple[str, list[Span]]]:

@@ -5,7 +5,7 @@
     ...                                         # bytes move into out.address
     return result(out)                          # NumPy array, torch tensor, jax.Array, bytearray ...
 
-Only frameworks that are already loaded are touched. Memory is the host's, or a GPU's (torch, CuPy, and what has
+Only frameworks that are already loaded are touched. Memory is the host's, or a GPU's (torch, CuPy, JAX, and what has
 `__cuda_array_interface__` where CuPy is installed), which only its own framework reads and writes.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from .frameworks import (
     Buffer,
-    Cupy,
+    DeviceBytes,
     Dlpack,
     Flat,
     Held,
@@ -33,13 +33,28 @@ from .frameworks import (
     buffer_of,
     type_error,
 )
+from .frameworks_gpu import Cupy, JaxOnGpu
 
-__all__ = ["Buffer", "describe", "memory_at", "new", "overlap", "packed", "result", "view"]
+__all__ = [
+    "Buffer",
+    "DeviceBytes",
+    "crosses",
+    "describe",
+    "follows",
+    "memory_at",
+    "new",
+    "overlap",
+    "packed",
+    "part",
+    "result",
+    "view",
+]
 
 _TORCH = Torch()
 _JAX = Jax()
 _FLAT = Flat()
 _CUPY = Cupy()
+_JAX_ON_GPU = JaxOnGpu()
 _FLAT_TYPES: dict[str, type[Any]] = {"array": stdarray.array, "bytearray": bytearray, "bytes": bytes}
 _EXPORTER = HeldKind()
 _KINDS: dict[str, Kind] = {
@@ -48,6 +63,7 @@ _KINDS: dict[str, Kind] = {
     "jax": _JAX,
     "dlpack": Dlpack(),
     "cupy": _CUPY,
+    "jax_gpu": _JAX_ON_GPU,
     **dict.fromkeys(_FLAT_TYPES, _FLAT),
     **dict.fromkeys(("memoryview", "buffer", "interface"), _EXPORTER),
 }
@@ -58,7 +74,7 @@ def describe(array: Any, name: str) -> Buffer:
     """Where the memory of `array` is and what is in it, without a copy (except that a NumPy scalar becomes an
     array, and a lazily conjugated or negated torch tensor is resolved; both are then read-only).
 
-    NumPy arrays, dense torch tensors and jax.Arrays in host memory, and anything with DLPack,
+    NumPy arrays, dense torch tensors, jax.Arrays, and anything with DLPack,
     `__array_interface__` or the buffer protocol; any shape, any strides, any dtype whose elements are plain
     bytes. `name` is the argument's name. ArgumentTypeError says what to pass instead of anything else.
     """
@@ -69,7 +85,7 @@ def describe(array: Any, name: str) -> Buffer:
         return _TORCH.describe(array, name)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(array, getattr(jax, "Array", ())):
-        return _JAX.describe(array, name)
+        return (_JAX_ON_GPU if JaxOnGpu.holds(array) else _JAX).describe(array, name)
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
         return _CUPY.describe(array, name)
@@ -102,13 +118,37 @@ def result(buffer: Buffer) -> Any:
     return _KINDS[buffer.kind].result(buffer)
 
 
-def view(like: Buffer, memory: NDArray, offset: int, shape: tuple[int, ...], *, readonly: bool = False) -> Any:
-    """An array of `like`'s kind and dtype over `memory` (1-d, uint8) from byte `offset` on, without a copy.
+def view(
+    like: Buffer, memory: NDArray | DeviceBytes, offset: int, shape: tuple[int, ...], *, readonly: bool = False
+) -> Any:
+    """An array of `like`'s kind and dtype over `memory` (1-d, uint8, where `like` is) from byte `offset` on, no copy.
 
     It is a copy after all for JAX, whose arrays are immutable and read asynchronously, and for a read-only
-    view in torch or through DLPack, which have none. For exporters of the buffer protocol it is NumPy's.
+    view in torch or through DLPack, which have none; on a GPU the caller is trusted. For exporters of the buffer
+    protocol it is NumPy's.
     """
     return _KINDS[like.kind].view(like, memory, offset, shape, readonly)
+
+
+def part(buffer: Buffer, offset: int, nbytes: int) -> NDArray | DeviceBytes:
+    """Some bytes of a contiguous array, as `view` takes memory; they keep the array alive."""
+    if buffer.device is not None:
+        return DeviceBytes(buffer.address + offset, nbytes, buffer.owner)
+    return memory_at(buffer.address + offset, nbytes, buffer.owner)
+
+
+def crosses(buffer: Buffer, stream: int) -> bool:
+    """Tell the allocator of an array on a GPU that a stream (its handle) uses it until all that it was given is done.
+
+    False where the framework cannot be told: then somebody has to hold the array until then.
+    """
+    return _KINDS[buffer.kind].crosses(buffer, stream)
+
+
+def follows(buffer: Buffer) -> bool:
+    """Whether its framework gives an array's memory away in the order of the stream that is current for it, so that a
+    call on that stream may let the array go before the GPU is done."""
+    return _KINDS[buffer.kind].follows()
 
 
 def overlap(a: Buffer, b: Buffer) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from tasp_coll import arrays
-from tasp_coll.arrays import Buffer, NDArray
+from tasp_coll.arrays import Buffer, DeviceBytes, NDArray
 from tasp_coll.core import Shape
 from tasp_coll.errors import CollectiveError
 from tasp_coll.executor import Place
@@ -16,8 +18,15 @@ from tasp_coll.executor import Place
 class Views:
     """Makes the arrays of one step, once each, until the step is over: then their memory is used for other things."""
 
-    def __init__(self, like: Buffer, stage: NDArray, readonly: bool) -> None:
-        self._like, self._stage = like, stage
+    def __init__(
+        self,
+        like: Buffer,
+        stage: NDArray | DeviceBytes,
+        readonly: bool,
+        looking: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """looking: the context in which arrays are made."""
+        self._like, self._stage, self._looking = like, stage, looking
         self._rest = Shape.of(like.shape).rest
         # torch has no read-only view, only a copy: there the caller is trusted.
         self._readonly = readonly and like.kind != "torch"
@@ -29,8 +38,9 @@ class Views:
             raise CollectiveError("the data of a step must be looked at before the next step, or the stream's end")
         memory, offset = self._stage, place.offset
         if place.region != "stage" or not place.nbytes:
-            memory, offset = arrays.memory_at(self._like.address + offset, place.nbytes, self._like.owner), 0
-        return arrays.view(self._like, memory, offset, (rows, *self._rest), readonly=self._readonly)
+            memory, offset = arrays.part(self._like, offset, place.nbytes), 0
+        with self._looking():
+            return arrays.view(self._like, memory, offset, (rows, *self._rest), readonly=self._readonly)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Arrival:
     """What one step brings, or asks for; valid until the next step is asked for, or the stream ends.
 
     chunks: sorted by source and ring. began, ended: `time.perf_counter()` seconds when the step's first receive was
-    started and when all that it brings was there; None where nothing had to come.
+    started and when all that it brings was there; None where nothing had to come, and on a GPU, where the caller's
+    stream comes after it and no host knows when.
     """
 
     step: int

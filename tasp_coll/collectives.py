@@ -308,7 +308,7 @@ class AllToAll(Collective):
     def sizes(self) -> tuple[int, ...]:
         return (self._block,) * self.core.size
 
-    def _choose(self) -> Choice:
+    def choose(self) -> Choice:
         return Choice("direct")
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:

@@ -32,6 +32,7 @@ from tasp_coll.errors import ArgumentError, CollectiveError
 from tasp_coll.forecast import Case, seconds_of
 from tasp_coll.healing import Healer, derived_pairs
 from tasp_coll.links import is_integer
+from tasp_coll.linkup import gpu_transport_named
 from tasp_coll.openings import ACCUMULATE, REVERSE
 from tasp_coll.operations import Collective
 from tasp_coll.options import ALGORITHMS, Options
@@ -56,7 +57,10 @@ class Communicator:
         equal links.
     timeout: seconds without progress after which a wait ends; None: TASP_COLL_TIMEOUT, else 600.
     stream: the CUDA stream for arrays on a GPU: CuPy's, torch's or a handle; None: the current one of each call's
-        framework.
+        framework (for JAX, which has none, CuPy's).
+    gpu_transport: what carries arrays on GPUs: "nccl", "ipc" (CUDA IPC and copy engines, between GPUs of one host) or
+        "auto" (NCCL, or, where it is missing or refuses ranks that share a GPU, CUDA IPC); None: what
+        TASP_COLL_GPU_TRANSPORT names, else "auto".
     self_heal: calls on arrays in host memory outlive dead links. A link on which a peer is silent for half the timeout
         though it answers through others is given up: what it owed goes through other ranks, the call ends with the
         right result, and later ones are planned without it. A link that delivers less than 0.4 of what is usual gets
@@ -66,7 +70,9 @@ class Communicator:
         be had. The same on all ranks.
 
     Raises MismatchError on every rank if ranks were given different topologies or one could not read its own.
-    A communicator may be used from several threads; its calls are carried out one after another.
+    A communicator may be used from several threads; its calls are carried out one after another. It belongs to the
+    process that made it: in a forked one every call raises CollectiveError. With TASP_COLL_CHECKSUM=1 in the
+    environment of all ranks every message of data carries a checksum: CorruptionError names the link and the step.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class Communicator:
         topology: Topology | str | os.PathLike[str] | None = None,
         timeout: float | None = None,
         stream: Any = None,
+        gpu_transport: str | None = None,
         self_heal: bool = False,
     ) -> None:
         seconds, error = bootstrap.DEFAULT_TIMEOUT, None
@@ -84,15 +91,15 @@ class Communicator:
         except ArgumentError as bad:
             error = bad
         transport = bootstrap.connect(group, seconds)
-        handle: int | None = None
+        handle, carrier = None, "auto"
         try:
-            handle = stream_handle(stream)
+            handle, carrier = stream_handle(stream), gpu_transport_named(gpu_transport)
         except ArgumentError as bad:
             error = error or bad
         if self_heal not in (True, False):
             error = error or ArgumentError(f"self_heal must be True or False, got {self_heal!r}")
         self._core = _join(transport, topology, seconds, self_heal is True, error)
-        self._core.stream = handle
+        self._core.stream, self._core.gpu_transport = handle, carrier
         _register(self)
 
     @property
@@ -114,6 +121,11 @@ class Communicator:
     def transport(self) -> str:
         """Name of what carries the bytes: "mpi", "torch" (torch.distributed's Gloo) or "loopback"."""
         return self._core.transport.name
+
+    @property
+    def gpu_transport(self) -> str | None:
+        """Name of what carries arrays on GPUs, "nccl" or "ipc"; None before the first call with one."""
+        return self._core.gpu_carrier
 
     @property
     def usable(self) -> bool:
@@ -141,7 +153,7 @@ class Communicator:
     ) -> Any:
         """Every rank's array on every rank: (d0, *rest) each -> (n * d0, *rest), rank-major; 0-d arrays give (n,).
 
-        send: NumPy, torch, CuPy, JAX (CPU) or anything with DLPack, `__array_interface__`, `__cuda_array_interface__`
+        send: NumPy, torch, CuPy, JAX or anything with DLPack, `__array_interface__`, `__cuda_array_interface__`
             or the buffer protocol; any dtype; the same shape and dtype on all ranks, and on a GPU on all or on none.
             Never changed; packed once if it is not contiguous. Arrays on GPUs travel by NCCL, in the order of the
             stream (see the constructor): the call returns when the stream has been given everything.
@@ -240,6 +252,9 @@ class Communicator:
         when it travelled, in `time.perf_counter()` seconds. The stream's `layout` tells from the start what each step
         brings: per step `Rows` (source, ring, start, stop), as `arrivals` of the stream's `schedule` does for any rank.
 
+        On a GPU transfers run on a stream beside the caller's, and the caller's waits for each arrival; no host does.
+        There all ranks ask for steps, of several streams too, and make calls in between, in the same order.
+
         Memory: two steps' chunks, beside send. donate: send's memory is given away, undefined afterwards; where all
         shards are equal the stream then needs memory for one step more than send. It must be contiguous and writable,
         and may be donated on some ranks and not on others.
@@ -325,7 +340,8 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self._core.engine.interrupted(kind)
         self.close()
 
     def _call(self, kind: type[Collective], send: Any, recv: Any, options: Options, async_op: bool) -> Any:
@@ -404,6 +420,7 @@ def _spread(core: Core, table: tuning.Chooser) -> None:
     """Rank 0's table becomes everyone's."""
     core.chooser = tuning.Chooser.load(core.engine.run(bootstrap.Spread(core.rounds, table.dump())))
     core.memos.clear()
+    core.graphs.clear()
 
 
 def _register(comm: Communicator) -> None:

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from tasp_coll.agreement import Rounds
-from tasp_coll.device import Device, Guard
+from tasp_coll.device import Device
 from tasp_coll.engine import Engine
 from tasp_coll.errors import ArgumentError
 from tasp_coll.executor import Exchange, Program
 from tasp_coll.forecast import Choice
+from tasp_coll.graphs import Graphs
+from tasp_coll.guard import Guard
 from tasp_coll.memos import Memos
 from tasp_coll.schedule import Schedule, plan
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
-from tasp_coll.transport.nccl import load
 from tasp_coll.tuning import Chooser, Situation
 
 if TYPE_CHECKING:
@@ -155,6 +156,9 @@ class Core:
         self.streams: set[int] = set()
         self.checksums = False  # all ranks' messages of data carry one, see `checksums`
         self.stream: int | None = None  # that the user wants for arrays on a GPU
+        self.gpu_transport = "auto"  # by which those travel, as the user wants it
+        self.graphs = Graphs()
+        self.gpu_streams: list[Any] = []  # open ones, which must end before the links do
         self._gpu: tuple[Device, Guard] | None = None
         self.last_choice: Choice | None = None
         self.healer: Healer | None = None
@@ -198,7 +202,6 @@ class Core:
     def gpu(self, number: int) -> tuple[Device, Guard]:
         """This rank's GPU, and what guards it; the first array on one decides which it is."""
         if self._gpu is None:
-            load()  # says what is missing
             device = Device(number, self.stream)
             self._gpu = device, Guard(device, self.engine.timeout, self.engine.abandon)
         if self._gpu[0].number != number:
@@ -207,13 +210,25 @@ class Core:
             )
         return self._gpu
 
+    @property
+    def gpu_carrier(self) -> str | None:
+        """Name of what links the GPUs, once it does."""
+        links = self._gpu[0].links if self._gpu is not None else None
+        return None if links is None else links.name
+
     def close(self) -> None:
         """Finish what is under way and free everything; after a failure everything stays as it is."""
-        if self._gpu is not None:
-            device, guard = self._gpu
-            device.close(None if self.engine.broken is None else self.engine.broken)
-            guard.close()
-        if self.engine.close() and not self.engine.broken:
+        for stream in list(self.gpu_streams):
+            stream.finish()
+        try:
+            closed = self.engine.close()
+        finally:
+            if self._gpu is not None:
+                device, guard = self._gpu
+                self.graphs.clear()  # before the links, which wait for them
+                device.close(self.engine.broken)
+                guard.close()
+        if closed and not self.engine.broken:
             self.compiled.clear()
             self.launches.clear()
             self.calls.clear()

@@ -136,6 +136,11 @@ class Engine:
             with self._wake:
                 self._wake.notify_all()
 
+    def settle(self, operation: Operation) -> None:
+        """Carry out what is queued, so that what the caller does next comes after it, on every rank alike."""
+        if self._queue:
+            self.drive(lambda: not self._queue, operation)
+
     def nudge(self) -> None:
         """One poll of everything."""
         if self.broken:
@@ -219,9 +224,14 @@ class Engine:
             if alone:
                 self.lock.release()
 
+    def interrupted(self, kind: type[BaseException] | None) -> None:
+        """When a block is left by an exception: after Ctrl-C nobody should have to wait for peers."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self.usable and self.occupied():
+            self.abandon(f"{kind.__name__} came while it was busy")
+
     def _fail_all(self, but: Operation | None = None) -> None:
         """What is queued has no result any more."""
-        for work in self._queue:
+        for work in list(self._queue):
             if work.operation is not but and not work.done:
                 work.fail(CollectiveError(self.broken))
 

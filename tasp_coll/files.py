@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 LARGEST = 1 << 30  # bytes of a file that is read at once
 
@@ -33,7 +33,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file (UTF-8) says; OSError or ValueError that tells what is wrong with it.
 
-    Stricter than `json`: no key twice in an object, no NaN or Infinity, and nesting that is too deep is a ValueError.
+    Stricter than `json`: no key comes twice in an object, and nesting that is too deep is a ValueError. NaN and
+    Infinity are numbers that whoever looks at the entry refuses, by its name.
     """
     text = read_bytes(path).decode("utf-8")
     return parse_json(text)
@@ -42,7 +43,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def parse_json(text: str) -> Any:
     """The same of text; ValueError that tells what is wrong with it."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("JSON must not be nested so deeply") from None
 
@@ -75,7 +76,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) < len(pairs):
         raise ValueError(f"keys must come once in an object, got {[key for key, _ in pairs]}")
     return table
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")

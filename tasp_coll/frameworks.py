@@ -12,6 +12,7 @@ import ctypes
 import functools
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +39,28 @@ class Buffer(NamedTuple):
     device: int | None = None  # number of the GPU; None is host memory
 
 
+class DeviceBytes(NamedTuple):
+    """Memory of a GPU, as NumPy's uint8 arrays are of the host. owner: keeps it alive."""
+
+    address: int
+    nbytes: int
+    owner: Any
+
+
+class _CudaArray:
+    """Such memory as frameworks take it in."""
+
+    def __init__(self, memory: DeviceBytes) -> None:
+        self.owner = memory.owner
+        self.__cuda_array_interface__ = {
+            "shape": (memory.nbytes,),
+            "typestr": "|u1",
+            "data": (memory.address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
 class Held(NamedTuple):
     """The owner where NumPy's view is not what the caller handed in."""
 
@@ -52,7 +75,9 @@ class Kind(Protocol):
     def packed(self, buffer: Buffer) -> Buffer: ...
     def new(self, like: Buffer, shape: Shape) -> Buffer: ...
     def result(self, buffer: Buffer) -> Any: ...
-    def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any: ...
+    def view(self, like: Buffer, memory: Any, offset: int, shape: Shape, readonly: bool) -> Any: ...
+    def crosses(self, buffer: Buffer, stream: int) -> bool: ...
+    def follows(self) -> bool: ...
 
 
 def type_error(name: str, came: object, rule: str) -> ArgumentTypeError:
@@ -134,6 +159,12 @@ class Plain:
     def result(self, buffer: Buffer) -> Any:
         return self.host(buffer.owner)
 
+    def crosses(self, buffer: Buffer, stream: int) -> bool:
+        return False
+
+    def follows(self) -> bool:
+        return False
+
     def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
         array: NDArray = np.ndarray(shape, self.host(like.owner).dtype, memory, offset)
         if readonly:
@@ -186,6 +217,17 @@ class Dlpack(HeldKind):
         return host if from_dlpack is None else from_dlpack(host)
 
 
+def jax_types(dtype: np.dtype[Any]) -> AbstractContextManager[Any]:
+    """Where JAX makes arrays of a dtype. The caller's was made with 64-bit types enabled; they need not be here."""
+    if dtype not in (np.int64, np.uint64, np.float64, np.complex128):
+        return nullcontext()
+    jax = sys.modules["jax"]
+    found: AbstractContextManager[Any] = (
+        jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    )(True)
+    return found
+
+
 class Jax(HeldKind):
     """jax.Array on one CPU device, the owner's source. XLA adopts aligned memory, of bfloat16 and fp8 too."""
 
@@ -200,7 +242,9 @@ class Jax(HeldKind):
             raise type_error(name, array, rule)
         (device,) = devices
         if device.platform != "cpu":
-            rule = f"must be in host memory, not on {device}: pass jax.device_put({name}, jax.devices('cpu')[0])"
+            rule = (
+                f"must be in host memory or on a GPU, not {device}: pass jax.device_put({name}, jax.devices('cpu')[0])"
+            )
             raise type_error(name, array, rule)
         try:
             host = np.asarray(array)  # waits for the values; a view of XLA's memory
@@ -223,12 +267,8 @@ class Jax(HeldKind):
 
     @staticmethod
     def _put(host: NDArray, device: Any) -> Any:
-        jax = sys.modules["jax"]
-        if host.dtype in (np.int64, np.uint64, np.float64, np.complex128):
-            # The caller's array was made with 64-bit types enabled; they need not be where this runs.
-            with (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(True):
-                return jax.device_put(host, device)
-        return jax.device_put(host, device)
+        with jax_types(host.dtype):
+            return sys.modules["jax"].device_put(host, device)
 
 
 class Torch:
@@ -283,40 +323,21 @@ class Torch:
     def result(self, buffer: Buffer) -> Any:
         return buffer.owner
 
-    def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
+    def crosses(self, buffer: Buffer, stream: int) -> bool:
+        torch = sys.modules["torch"]
+        buffer.owner.record_stream(torch.cuda.ExternalStream(stream, device=buffer.device))
+        return True
+
+    def follows(self) -> bool:
+        return True
+
+    def view(self, like: Buffer, memory: Any, offset: int, shape: Shape, readonly: bool) -> Any:
         torch, dtype, count = sys.modules["torch"], like.owner.dtype, math.prod(shape)
         if not count:  # frombuffer refuses empty views
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            return torch.empty(shape, dtype=dtype, device=like.owner.device)
+        if isinstance(memory, DeviceBytes):
+            part = DeviceBytes(memory.address + offset, count * like.itemsize, memory.owner)
+            return torch.as_tensor(_CudaArray(part), device=like.owner.device).view(dtype).view(shape)
         if readonly or not memory.flags.writeable:  # torch has no read-only tensors
             memory, offset = memory[offset : offset + count * like.itemsize].copy(), 0
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
-
-
-class Cupy:
-    """cupy.ndarray; the owner is the array, and so is what is made of `__cuda_array_interface__`."""
-
-    def describe(self, array: Any, name: str) -> Buffer:
-        dtype = numpy_dtype_name(array.dtype)
-        flags = array.flags
-        address, device = int(array.data.ptr), int(array.device.id)
-        return Buffer(
-            address, array.nbytes, array.shape, dtype, array.itemsize, flags.c_contiguous, False, "cupy", array, device
-        )
-
-    def strides(self, buffer: Buffer) -> Shape:
-        found: Shape = buffer.owner.strides
-        return found
-
-    def packed(self, buffer: Buffer) -> Buffer:
-        with sys.modules["cupy"].cuda.Device(buffer.device):
-            return self.describe(sys.modules["cupy"].ascontiguousarray(buffer.owner), "")
-
-    def new(self, like: Buffer, shape: Shape) -> Buffer:
-        with sys.modules["cupy"].cuda.Device(like.device):
-            return self.describe(sys.modules["cupy"].empty(shape, like.owner.dtype), "")
-
-    def result(self, buffer: Buffer) -> Any:
-        return buffer.owner
-
-    def view(self, like: Buffer, memory: NDArray, offset: int, shape: Shape, readonly: bool) -> Any:
-        raise type_error("send", like.owner, "must be in host memory to go step by step: pass cupy.asnumpy(send)")

@@ -5,51 +5,129 @@ messages of a step form one group, which starts when everything given to the str
 is complete when all its messages are. Both ends of a message are in the groups of the same step, and groups come in
 the order of steps on every rank: nothing can wait in a circle. Within a group, messages between two ranks match in
 the order in which they were given, as NCCL's do.
+
+Where a program waits for its caller, step by step, a launch names the gates that must be open before it, and the marks
+that are reached with it: on a GPU both are events.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tasp_coll.errors import ScheduleError
-from tasp_coll.executor import Action, Node, Program
+from tasp_coll.executor import Action, Node, Place, Program
+
+FIRST = -1  # the step of what waits for nothing
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Actions one after another, then a group of messages."""
+    """Actions one after another, then a group of messages.
+
+    gates: of the program, those that actions and messages wait for. marks: all nodes of these are complete with this
+    launch. together: something here needs more than earlier messages of its own lane, so that lanes that are given to
+    streams of their own must meet first.
+    """
 
     step: int
-    actions: tuple[Action, ...]
-    messages: tuple[Node, ...]
+    actions: tuple[Action, ...] = ()
+    messages: tuple[Node, ...] = ()
+    gates: tuple[object, ...] = ()
+    marks: tuple[object, ...] = ()
+    together: bool = False
+
+
+class Strands(Protocol):
+    """Streams that launches are given to, one for each communicator; the first is the one that all is ordered on."""
+
+    @property
+    def handles(self) -> Sequence[int]:
+        """Of CUDA."""
+
+    def meet(self) -> None:
+        """What any of them is given from now on comes after all that any was given until now."""
+
+
+class Links(Protocol):
+    """What carries launches between the GPUs of all ranks.
+
+    Ranks give it the same launches in the same order. Unless it `orders_streams` itself, launches that go to several
+    streams must come one after another by events.
+    """
+
+    name: str
+    rank: int
+    size: int
+    broken: str | None  # why it cannot be used any more
+    has_allgather: bool  # a library's own, as `NcclLinks.allgather`
+    orders_streams: bool
+
+    @property
+    def communicators(self) -> int:
+        """How many streams a launch is given to."""
+
+    def prepare(self, launches: Sequence[Launch]) -> tuple[Launch, ...]:
+        """The launches as `launch` takes them, all or some. Collective; may block, and raises within the timeout."""
+
+    def launch(
+        self,
+        launches: Sequence[Launch],
+        address: Callable[[Place], int],
+        act: Callable[[Action], None],
+        strands: Strands,
+    ) -> None:
+        """Give launches to streams, and wait for none of them.
+
+        address: where a place is on the device. act: gives an action to the first stream.
+        """
+
+    def greet(self, messages: Sequence[tuple[bool, int, int, int]], stream: int) -> None:
+        """First messages over every edge, on all ranks: (is it a send, peer, address, bytes) each."""
+
+    def check(self) -> None:
+        """Raise CollectiveError for what has gone wrong since."""
+
+    def abort(self, why: str) -> None:
+        """End everything under way on the device, so that nothing waits for peers that are gone."""
+
+    def close(self) -> None:
+        """Give everything back, when the device has finished with it. After `abort`: does not wait."""
 
 
 def launches(program: Program) -> tuple[Launch, ...]:
-    """The program as a stream runs it.
-
-    ScheduleError: a message needs what its own step or a later one brings, or the program waits for the caller
-    (step-wise programs do).
-    """
-    if program.gates:
-        raise ScheduleError("a program that waits for its caller step by step is no sequence of launches")
+    """The program as a stream runs it. ScheduleError: a message needs what its own step or a later one brings."""
     order = _ordered(program)
     levels = _levels(program, order)
-    actions: dict[int, list[Action]] = defaultdict(list)
-    messages: dict[int, list[tuple[int, int, int, Node]]] = defaultdict(list)
+    members: dict[int, list[int]] = defaultdict(list)
     for index in order:
         node = program.nodes[index]
-        if node.place is not None:
-            messages[node.step].append((node.peer, node.lane, index, node))
-        elif node.action is not None:
-            actions[levels[index]].append(node.action)
-    steps = sorted({*actions, *messages})
+        if node.place is not None or node.action is not None:
+            members[levels[index]].append(index)
+    sources: dict[int, list[int]] = defaultdict(list)
+    for source, followers in enumerate(program.feeds):
+        for follower in followers:
+            sources[follower].append(source)
+    marks: dict[int, list[object]] = defaultdict(list)
+    for name, group in program.marks.items():
+        marks[max(levels[index] for index in group)].append(name)
+    return tuple(_launch(program, step, members[step], sources, tuple(marks[step])) for step in sorted(members))
+
+
+def _launch(
+    program: Program, step: int, members: Sequence[int], sources: dict[int, list[int]], marks: tuple[object, ...]
+) -> Launch:
+    nodes, names = program.nodes, {index: name for name, index in program.gates.items()}
+    actions = tuple(node.action for node in (nodes[index] for index in members) if node.action is not None)
+    messages = [index for index in members if nodes[index].place is not None]
     # Lanes keep their order on both ends, and so does this.
-    return tuple(
-        Launch(step, tuple(actions[step]), tuple(node for *_, node in sorted(messages[step], key=lambda m: m[:3])))
-        for step in steps
-    )
+    messages.sort(key=lambda index: (nodes[index].peer, nodes[index].lane, index))
+    gates = tuple({names[source]: None for index in members for source in sources[index] if source in names})
+    crossing = any(nodes[source].lane != nodes[index].lane for index in messages for source in sources[index])
+    together = bool(actions or gates or crossing)
+    return Launch(step, actions, tuple(nodes[index] for index in messages), gates, marks, together)
 
 
 def _ordered(program: Program) -> list[int]:
@@ -69,8 +147,12 @@ def _ordered(program: Program) -> list[int]:
 
 
 def _levels(program: Program, order: Sequence[int]) -> list[int]:
-    """The launch of each node: of messages their step, of actions the first one before which all they need is there."""
-    levels = [node.step if node.place is not None else 0 for node in program.nodes]
+    """The launch of each node: of messages and gates their step, of actions the first before which all they need is
+    there."""
+    gates = set(program.gates.values())
+    levels = [
+        node.step if node.place is not None or index in gates else FIRST for index, node in enumerate(program.nodes)
+    ]
     for index in order:
         source = program.nodes[index]
         after = levels[index] + (source.place is not None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasp_coll import arrays
+from tasp_coll import arrays, gpu_calls
 from tasp_coll.agreement import Header
 from tasp_coll.core import SLOTS, Arena, Core, Shape
+from tasp_coll.device import OnGpu
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.executor import Program
 from tasp_coll.forecast import Choice, choice_of
+from tasp_coll.gpu_steps import GpuDriver, StepPlan
 from tasp_coll.operations import Collective, Steps
 from tasp_coll.options import Call, Options
 from tasp_coll.reduce_programs import reduce_steps_program
@@ -27,6 +29,8 @@ class Opening(Collective):
     """Opens a stream: agreement on the call, rows of each rank, a free slot, and the compiled plan."""
 
     donate = False
+    ahead = 0  # how many steps beyond the one that the caller is done with may be launched
+    region = ""  # of the caller's array
 
     def key(self) -> tuple[Any, ...]:
         return Shape.of(self.send.shape).rest, self.send.dtype
@@ -47,10 +51,8 @@ class Opening(Collective):
                 f"algorithm must be one of {', '.join(self.algorithms())} to go step by step"
                 f"{_IN_WORDS.get(self.options.extra, '')}, got {self.options.label!r}"
             )
-        if self.gpu is not None:
-            raise ArgumentTypeError(
-                f"arrays must be in host memory to go step by step, got one on GPU {self.send.device}"
-            )
+        if self.gpu is not None and self.gpu.capturing:
+            raise ArgumentError(f"{self.name} cannot be captured in a CUDA graph, got a stream that is capturing")
         if not self.send.shape:
             raise ArgumentError("an axis 0 is needed to go by rows, got a 0-d array")
         self._shape = Shape.of(self.send.shape)
@@ -84,12 +86,27 @@ class Opening(Collective):
             raise ArgumentError(f"{self.name}: {SLOTS - 1} streams of steps are open already, close one first")
         self.slot = (free & -free).bit_length() - 1
         yield from self.settle()
-        self.chosen = self._choose()
+        self.chosen = self.choose()
+        if self.gpu is not None:
+            return (yield from self._open_on_gpu(self.gpu))
         compiled = yield from self._compiled()
         self.core.streams.add(self.slot)
         return compiled
 
-    def _choose(self) -> Choice:
+    def _open_on_gpu(self, gpu: OnGpu) -> Steps:
+        """The driver, which gives its first launches now, in the order of the calls."""
+        yield from gpu_calls.link_up(self, gpu)
+
+        def make() -> StepPlan:
+            (program,) = self.programs(self.schedule())
+            return StepPlan.of(program, gpu.device)
+
+        plan = yield from self.made(self.core.launches, self.compiled_key(), make)
+        assert gpu.device.links is not None
+        plan.prepare(gpu.device.links)
+        return GpuDriver(self, plan)
+
+    def choose(self) -> Choice:
         options, core = self.options, self.core
         name = options.named or stepwise(core.topology, self.algorithms())
         if name == "direct":
@@ -111,6 +128,7 @@ class OpenGather(Opening):
     """Opens `allgather_steps`."""
 
     collective, name = "allgather", "allgather_steps"
+    ahead, region = 1, "send"
 
     def __init__(self, core: Core, send: Any, options: Options, donate: bool) -> None:
         self.donate = donate
@@ -133,7 +151,7 @@ class OpenGather(Opening):
         row_bytes = self.row_elements * self.send.itemsize
         return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes, self.donate),)
 
-    def _schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:
         assert self.chosen is not None
         return self.core.schedule(self.collective, self.chosen, reverse=bool(self.options.extra))
 
@@ -142,6 +160,7 @@ class OpenReduce(Opening):
     """Opens `reduce_scatter_steps`; its array is the one that receives the sums."""
 
     collective, name = "reduce_scatter", "reduce_scatter_steps"
+    region = "recv"
 
     def prepare(self, recv: Any) -> None:
         super().prepare(recv)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from tasp_coll import arrays, checksums
+from tasp_coll import arrays, checksums, gpu_calls
 from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
 from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Arena, Cache, Compiled, Core
@@ -15,12 +15,10 @@ from tasp_coll.device import OnGpu
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, MismatchError
 from tasp_coll.executor import Flow, Program
 from tasp_coll.forecast import Choice, choice_of, direct
-from tasp_coll.launches import Launch, launches
 from tasp_coll.linkup import LinkUp
 from tasp_coll.options import Call, Options
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
-from tasp_coll.transport.nccl import load
 from tasp_coll.tuning import rule
 
 _HALVES = ("bfloat16", "float16")
@@ -131,14 +129,15 @@ class Collective:
     def _known_call(self) -> Call:
         """The call of these arguments, made once."""
         self.options.check_types(self.core.size)
-        key = (self.name, self.key(), self.options, type(self.options.rings), self.gpu is None)
+        where = "" if self.gpu is None else "GPU, captured" if self.gpu.capturing else "GPU"
+        key = (self.name, self.key(), self.options, type(self.options.rings), where)
         found = self.core.calls.get(key)
         if isinstance(found, Call):
             return found
         self.options.check(self.collective, self.core)
         call = self.describe()
-        if self.gpu is not None:
-            call = Call.of(**dict(call.described), where="GPU")
+        if where:
+            call = Call.of(**dict(call.described), where=where)
         self.core.calls.put(key, call)
         return call
 
@@ -158,7 +157,14 @@ class Collective:
         """What this rank says at the start."""
         if self.error is not None:
             return Header(_FAILED)
+        if self.gpu is not None and self.repeatable and not self.gpu.capturing:
+            nbytes = max(self.send.nbytes, 0 if self.out is None else self.out.nbytes)
+            return Header(self.call.signature, place=self.core.graphs.ready(self.graph_key(), nbytes))
         return Header(self.call.signature, self.send.nbytes if self._fits() else NOT_INLINE)
+
+    def graph_key(self) -> Hashable:
+        """What a CUDA graph of this call depends on."""
+        return self.call.signature, self.send.address, 0 if self.out is None else self.out.address
 
     def _fits(self) -> bool:
         return (
@@ -195,13 +201,13 @@ class Collective:
         """The collective, as the engine runs it."""
         yield from self.agree()
         if self.gpu is not None:
-            yield from self._run_on_gpu(self.gpu)
+            yield from gpu_calls.run(self, self.gpu)
         elif self.inline():
             self.unpack()
             self.chosen = self.chosen or direct(self.collective, self.core.size)
             self._small = self.repeatable and self.core.healer is None
         else:
-            self.chosen = self.chosen or self._choose()
+            self.chosen = self.chosen or self.choose()
             if self.chosen is not None and self.chosen.algorithm == "native":
                 yield from self._run_native()
             else:
@@ -219,7 +225,12 @@ class Collective:
 
     def result(self) -> Any:
         """What the caller gets back."""
-        return self.given if self.given is not None or self.out is None else arrays.result(self.out)
+        if self.given is not None or self.out is None:
+            return self.given
+        if self.gpu is not None:
+            with self.gpu.device.on(self.gpu.stream):  # what a framework reads of it later comes after that stream
+                return arrays.result(self.out)
+        return arrays.result(self.out)
 
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for; see `work.Operation`."""
@@ -273,7 +284,7 @@ class Collective:
         if self.error is not None or not rounds.same(_READY):
             yield from self._explain()
 
-    def _choose(self) -> Choice | None:
+    def choose(self) -> Choice | None:
         """What runs; None for a user's schedule."""
         options, core = self.options, self.core
         if isinstance(options.algorithm, Schedule):
@@ -283,7 +294,7 @@ class Collective:
             return choice_of(options.named, self.collective, core.size, size, options.rings)
         half = self.collective != "allgather" and self.send.dtype in _HALVES
         if self.gpu is not None:
-            situation = replace(core.situation, native=self._gpu_native(), shared=False)
+            situation = replace(core.situation, native=gpu_calls.has_native(self), shared=False)
             return rule(situation, self.collective, size, half, core.chooser.costs)
         chosen = core.chooser.choose(core.situation, self.collective, size, half)
         if chosen.algorithm == "native" and (core.checksums or not core.transport.has_native(self.native())):
@@ -294,14 +305,14 @@ class Collective:
         """The compiled plan."""
 
         def make() -> Compiled:
-            programs = self.programs(self._schedule())
+            programs = self.programs(self.schedule())
             if self.core.checksums:
                 programs = tuple(checksums.checked(program, self.core.rank) for program in programs)
             return Compiled(self.core.transport, programs, self.arena(), self.slot)
 
-        return (yield from self._made(self.core.compiled, self.compiled_key(), make))
+        return (yield from self.made(self.core.compiled, self.compiled_key(), make))
 
-    def _made(self, cache: Cache[Hashable, V], key: Hashable, make: Callable[[], V]) -> Generator[bool, None, V]:
+    def made(self, cache: Cache[Hashable, V], key: Hashable, make: Callable[[], V]) -> Generator[bool, None, V]:
         """What is kept for this call; if it is new, it is made on all ranks before any of them goes on."""
         found = cache.get(key)
         if found is not None:
@@ -329,7 +340,7 @@ class Collective:
         asked = self.options.label if self.chosen is None else self.chosen
         return self.call.signature, asked, self.sizes()
 
-    def _schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:
         if isinstance(self.options.algorithm, Schedule):
             return self.options.algorithm
         assert self.chosen is not None
@@ -369,56 +380,6 @@ class Collective:
         """In the thread of the caller who has waited."""
         if self.gpu is not None:
             self.gpu.hand_over()
-
-    def _run_on_gpu(self, gpu: OnGpu) -> Steps:
-        """Give everything to the stream; the GPU does it in its own time."""
-        device, guard = self.core.gpu(gpu.device.number)
-        if device.links is None:
-            yield from self._link_up(gpu)
-        gpu.begin()
-        self.chosen = self.chosen or self._choose()
-        if self.chosen is not None and self.chosen.algorithm == "native":
-            self._give_native(gpu)
-        else:
-            given = yield from self._launches()
-            for (steps, stage_bytes), bases in zip(given, self.bases(), strict=True):
-                device.run(steps, bases, stage_bytes, gpu.stream)
-        device.copy(self.own(), gpu.stream)
-        guard.watch(gpu.end(self.name, self.held, self.send, self.given, self.out))
-
-    def _link_up(self, gpu: OnGpu) -> Steps:
-        """The first call on GPUs links them."""
-        self.linking = LinkUp(self.core.rounds, load(), gpu.device)
-        running = self.linking.run()
-        while True:
-            try:
-                moved = next(running)
-            except StopIteration:
-                break
-            self.phase = self.linking.phase
-            yield moved
-        self.linking = None
-
-    def _gpu_native(self) -> bool:
-        return self.collective == "allgather" and len(set(self.sizes())) == 1
-
-    def _give_native(self, gpu: OnGpu) -> None:
-        if not self._gpu_native():
-            raise ArgumentError(
-                f"algorithm 'native': on GPUs there is only an allgather of equal shards, no {self.name}"
-            )
-        assert self.out is not None
-        assert gpu.device.links is not None
-        gpu.device.links.allgather(self.send.address, self.out.address, self.send.nbytes, gpu.stream.ptr)
-
-    def _launches(self) -> Generator[bool, None, tuple[tuple[tuple[Launch, ...], int], ...]]:
-        """Launches and staging bytes of each program."""
-
-        def make() -> tuple[tuple[tuple[Launch, ...], int], ...]:
-            programs = self.programs(self._schedule())
-            return tuple((launches(program), program.stage_bytes) for program in programs)
-
-        return (yield from self._made(self.core.launches, self.compiled_key(), make))
 
     def _run_native(self) -> Steps:
         if self.core.checksums:

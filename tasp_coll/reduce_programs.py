@@ -65,8 +65,8 @@ def reduce_steps_program(
 ) -> Program:
     """ReduceScatter into "recv" whose contributions the caller writes into "stage", step by step, as the layout says.
 
-    Gate ("fill", step) says that those of a step are there; mark ("used", step) that their memory is free again, for
-    the next step but one. The last step, one more than the schedule has, is the rank's own shard.
+    Gate ("fill", step) says that those of a step are there; mark ("free", step + 2) that their memory is free
+    again, for the next step but one. The last step, one more than the schedule has, is the rank's own shard.
     """
     row_bytes = row_elements * how.itemsize
     cuts = Cuts.of(schedule, rows, row_bytes, 1)
@@ -160,7 +160,7 @@ class _ReduceCompiler:
             last = self._accumulate(target, own, ready)
             self._send_on(key, target, target.receives[0][1], last)
             if own.step is not None:
-                self.builder.mark(("used", own.step), last[0])
+                self.builder.mark(("free", own.step + 2), last[0])
         else:
             self._send_first(key, target, own, ready)
 
@@ -172,7 +172,7 @@ class _ReduceCompiler:
             after = [self._act(ready, self._widen(place, own.place))]
         node = self._send_on(key, target, place, after)
         if own.step is not None:
-            self.builder.mark(("used", own.step), node)
+            self.builder.mark(("free", own.step + 2), node)
 
     def _send_on(self, key: Key, target: _Target, place: Place, after: list[int]) -> int:
         assert target.send is not None

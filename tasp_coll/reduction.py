@@ -46,6 +46,9 @@ class Memory(Protocol):
     def move(self, dst: int, src: int, nbytes: int) -> None:
         """Copy bytes."""
 
+    def clear(self, dst: int, nbytes: int) -> None:
+        """Set bytes to zero."""
+
 
 class HostMemory:
     """This process's."""
@@ -62,6 +65,9 @@ class HostMemory:
 
     def move(self, dst: int, src: int, nbytes: int) -> None:
         ctypes.memmove(dst, src, nbytes)
+
+    def clear(self, dst: int, nbytes: int) -> None:
+        ctypes.memset(dst, 0, nbytes)
 
 
 HOST = HostMemory()

@@ -8,16 +8,32 @@ circle.
 
 from __future__ import annotations
 
-import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tasp_coll.executor import Builder, Exchange, Node, Piece, Place, Program
 from tasp_coll.layouts import Key, chunks_by_step
 from tasp_coll.programs import Cuts, Move, kept_gather_program, moves, piece
+from tasp_coll.reduction import HOST, Memory
 from tasp_coll.schedule import Schedule
 
 Keys = list[list[Key]]  # per step of the caller
+
+
+@dataclass(frozen=True)
+class Clear:
+    """An action that sets a place to zero, whoever's memory it is in."""
+
+    place: Place
+
+    def __call__(self, at: Exchange) -> None:
+        """In host memory."""
+        self.run(at.address, HOST)
+
+    def run(self, address: Callable[[Place], int], memory: Memory) -> None:
+        """In the memory that `address` finds places in."""
+        memory.clear(address(self.place), self.place.nbytes)
 
 
 def gather_steps_program(
@@ -48,7 +64,7 @@ def accumulate_steps_program(schedule: Schedule, rank: int, rows: Sequence[int],
     """ReduceScatter on rings in which the caller adds to what came, in place, and the program only moves bytes.
 
     Request t lies in "stage", the last one in "recv"; mark ("arrived", t) says that what the ranks before added up is
-    there, gate ("fill", t) that the caller has added its own. Request 0 begins with zeros.
+    there, gate ("fill", t) that the caller has added its own. Request 0 begins with zeros: mark ("free", 0).
     """
     cuts = Cuts.of(schedule, rows, row_bytes, 1)
     requests = handled(schedule, rank, cuts)
@@ -106,12 +122,9 @@ class _Relay:
         """Set chunks that lie together to zero, first of all."""
         if not keys:
             return
-        place, nbytes = self.places[keys[0]], _length(self.cuts, keys)
-
-        def act(at: Exchange) -> None:
-            ctypes.memset(at.address(place), 0, nbytes)
-
-        node = self.builder.add(Node(0, action=act))
+        region, offset, _ = self.places[keys[0]]
+        node = self.builder.add(Node(0, action=Clear(Place(region, offset, _length(self.cuts, keys)))))
+        self.builder.mark(("free", 0), node)
         self._writer.update((key, node) for key in keys)
 
     def carry(self, listed: Sequence[Move], gate: str) -> None:

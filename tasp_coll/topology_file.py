@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from tasp_coll.topology import Topology
 def read(path: Path) -> Topology:
     """The topology in a file; TopologyError names the file and the entry at fault."""
     try:
-        return _from_json(read_json(path), path.stem if path.stem.isprintable() else ascii(path.stem))
+        return _from_json(read_json(path), os.fsencode(path.stem).decode(errors="replace"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: TopologyError, and bad JSON
         raise TopologyError(f"topology file {str(path)!r}: {error}") from error
 

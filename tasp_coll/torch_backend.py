@@ -2,10 +2,10 @@
 
     torch.distributed.init_process_group("cpu:tasp,cuda:tasp")   # then FSDP2, DDP and DTensor as they are
 
-AllGather, ReduceScatter and AllReduce of tensors in host memory are ours, in all their forms: into tensors or lists,
-coalesced, blocking or asynchronous. Everything else is gloo's for tensors in host memory and NCCL's for CUDA tensors:
-other operations, other reductions (bitwise ones, premultiplied sums, fp8), sparse tensors, and all CUDA tensors
-(`_carried`).
+AllGather, ReduceScatter and AllReduce are ours, in all their forms: into tensors or lists, coalesced, blocking or
+asynchronous, of tensors in host memory, and of CUDA tensors where every rank has CuPy (`torch_cuda`). Everything else
+is gloo's for tensors in host memory and NCCL's for CUDA tensors: other operations, other reductions (bitwise ones,
+premultiplied sums, fp8) and sparse tensors.
 
 The group is a Python subclass of ProcessGroup, because Backend cannot be subclassed from Python in torch 2.13. torch's
 C++ reaches its Python methods for DDP and functional collectives, but not where it calls `torch.ops.c10d` or
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -33,6 +33,7 @@ from tasp_coll import torch_forms as forms
 from tasp_coll.errors import ArgumentError
 from tasp_coll.reduction import reduction
 from tasp_coll.topology import ENVIRONMENT
+from tasp_coll.torch_cuda import CudaLine, all_have_nccl
 from tasp_coll.torch_forms import Tensors
 from tasp_coll.torch_works import Line
 from tasp_coll.transport.torch import TorchTransport
@@ -61,10 +62,11 @@ class _Peers:
     rank: int
     size: int
     timeout: float
+    prefix: str = "tasp_coll"
 
     def duplicate(self) -> TorchTransport:
         """Connections between them."""
-        return TorchTransport(dist.PrefixStore("tasp_coll", self.store), self.rank, self.size, self.timeout)
+        return TorchTransport(dist.PrefixStore(self.prefix, self.store), self.rank, self.size, self.timeout)
 
 
 class TaspGroup(dist.ProcessGroup):
@@ -80,6 +82,9 @@ class TaspGroup(dist.ProcessGroup):
         self._store, self._ranks = options.store, tuple(options.global_ranks_in_group or ())
         self._peers = _Peers(options.store, rank, size, options.timeout.total_seconds())
         self._comm: Communicator | None = None
+        self._cuda_comm: Communicator | None = None  # of its own: collectives in host memory have a thread of theirs
+        self._cuda_line = CudaLine()
+        self._cuda_ours: bool | None = None  # not known yet
         self.carried = 0  # calls that were ours
         self._line = Line(f"tasp_coll group {options.group_id}")
         # Methods that are not overridden look for their back end here, ours in a group of their own: a call of
@@ -106,6 +111,14 @@ class TaspGroup(dist.ProcessGroup):
             self._comm = Communicator(self._peers, topology=self._topology(), timeout=self._peers.timeout)
         return self._comm
 
+    @property
+    def cuda_communicator(self) -> Communicator:
+        """The same for CUDA tensors."""
+        if self._cuda_comm is None:
+            peers = replace(self._peers, prefix="tasp_coll/cuda")
+            self._cuda_comm = Communicator(peers, topology=self._topology(), timeout=self._peers.timeout)
+        return self._cuda_comm
+
     # --- AllGather
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Any:
@@ -113,14 +126,14 @@ class TaspGroup(dist.ProcessGroup):
         opts = opts or c10d.AllgatherOptions()
         if not self._carries([output, tensor]):
             return getattr(self._others, _GATHER)(output, tensor, opts)
-        return self._start(lambda: forms.gather(self.communicator, output, tensor), [output], opts)
+        return self._start(lambda comm: forms.gather(comm, output, tensor), [output], [tensor], opts)
 
     def all_gather_single_coalesced(self, outputs: Tensors, tensors: Tensors, opts: Any = None) -> Any:
         """`all_gather_single` of several tensors, of which those of one dtype travel together."""
         opts = opts or c10d.AllgatherOptions()
         if not self._carries([*outputs, *tensors]):
             return getattr(self._others, _GATHERS)(outputs, tensors, opts)
-        return self._start(lambda: forms.gather_all(self.communicator, outputs, tensors), outputs, opts)
+        return self._start(lambda comm: forms.gather_all(comm, outputs, tensors), outputs, tensors, opts)
 
     def allgather(self, output_lists: list[Tensors], tensors: Tensors, opts: Any = None) -> Any:
         """Every rank's tensor in the list's entry for that rank; ranks' sizes may differ."""
@@ -128,8 +141,9 @@ class TaspGroup(dist.ProcessGroup):
         if len(tensors) != 1 or len(output_lists[0]) != self.size() or not self._carries([*output_lists[0], *tensors]):
             return self._others.allgather(output_lists, tensors, opts)
         return self._start(
-            lambda: forms.gather_lists(self.communicator, [[x] for x in output_lists[0]], tensors),
+            lambda comm: forms.gather_lists(comm, [[x] for x in output_lists[0]], tensors),
             output_lists[0],
+            tensors,
             opts,
         )
 
@@ -140,7 +154,7 @@ class TaspGroup(dist.ProcessGroup):
         one_dtype = len({x.dtype for x in tensors}) == 1
         if not (one_dtype and len(output_lists) == self.size() and self._carries([*outputs, *tensors])):
             return self._others.allgather_coalesced(output_lists, tensors, opts)
-        return self._start(lambda: forms.gather_lists(self.communicator, output_lists, tensors), outputs, opts)
+        return self._start(lambda comm: forms.gather_lists(comm, output_lists, tensors), outputs, tensors, opts)
 
     # --- ReduceScatter
 
@@ -149,14 +163,14 @@ class TaspGroup(dist.ProcessGroup):
         opts = opts or c10d.ReduceScatterOptions()
         if not self._carries([output, tensor], opts):
             return getattr(self._others, _SCATTER)(output, tensor, opts)
-        return self._start(lambda: forms.scatter(self.communicator, output, tensor, _op(opts)), [output], opts)
+        return self._start(lambda comm: forms.scatter(comm, output, tensor, _op(opts)), [output], [tensor], opts)
 
     def reduce_scatter_single_coalesced(self, outputs: Tensors, tensors: Tensors, opts: Any = None) -> Any:
         """`reduce_scatter_single` of several tensors, of which those of one dtype travel together."""
         opts = opts or c10d.ReduceScatterOptions()
         if not self._carries([*outputs, *tensors], opts):
             return getattr(self._others, _SCATTERS)(outputs, tensors, opts)
-        return self._start(lambda: forms.scatter_all(self.communicator, outputs, tensors, _op(opts)), outputs, opts)
+        return self._start(lambda comm: forms.scatter_all(comm, outputs, tensors, _op(opts)), outputs, tensors, opts)
 
     def reduce_scatter(self, outputs: Tensors, input_lists: list[Tensors], opts: Any = None) -> Any:
         """This rank's entry of the sum of the ranks' lists; entries' sizes may differ."""
@@ -164,7 +178,10 @@ class TaspGroup(dist.ProcessGroup):
         if len(outputs) != 1 or len(input_lists[0]) != self.size() or not self._carries(outputs + input_lists[0], opts):
             return self._others.reduce_scatter(outputs, input_lists, opts)
         return self._start(
-            lambda: forms.scatter_list(self.communicator, outputs[0], input_lists[0], _op(opts)), outputs, opts
+            lambda comm: forms.scatter_list(comm, outputs[0], input_lists[0], _op(opts)),
+            outputs,
+            input_lists[0],
+            opts,
         )
 
     # --- AllReduce
@@ -175,14 +192,14 @@ class TaspGroup(dist.ProcessGroup):
         tensors = [tensors] if isinstance(tensors, Tensor) else tensors
         if len(tensors) != 1 or not self._carries(tensors, opts):
             return self._others.allreduce(tensors, opts)
-        return self._start(lambda: forms.reduce(self.communicator, tensors[0], _op(opts)), tensors, opts)
+        return self._start(lambda comm: forms.reduce(comm, tensors[0], _op(opts)), tensors, [], opts)
 
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> Any:
         """The sums of several tensors, in themselves; those of one dtype travel together."""
         opts = opts or c10d.AllreduceCoalescedOptions()
         if not self._carries(tensors, opts):
             return self._others.allreduce_coalesced(tensors, opts)
-        return self._start(lambda: forms.reduce_all(self.communicator, tensors, _op(opts)), tensors, opts)
+        return self._start(lambda comm: forms.reduce_all(comm, tensors, _op(opts)), tensors, [], opts)
 
     # The names before torch 2.13.
     _allgather_base, allgather_into_tensor_coalesced = all_gather_single, all_gather_single_coalesced
@@ -219,8 +236,9 @@ class TaspGroup(dist.ProcessGroup):
     def shutdown(self) -> None:
         """Finish what is under way and close the connections."""
         self._line.close(self._peers.timeout)
-        if self._comm is not None:
-            self._comm.close()
+        for comm in (self._comm, self._cuda_comm):
+            if comm is not None:
+                comm.close()
         super().shutdown()
 
     def abort(self) -> None:
@@ -230,18 +248,29 @@ class TaspGroup(dist.ProcessGroup):
 
     # --- how they are carried out, one after another
 
-    def _start(self, action: Callable[[], None], outputs: Tensors, opts: Any) -> Any:
+    def _start(self, action: Callable[[Communicator], None], outputs: Tensors, inputs: Tensors, opts: Any) -> Any:
         self.carried += 1
-        return self._line.start(action, outputs, blocking=not getattr(opts, "asyncOp", True))
+        if outputs[0].is_cuda:
+            return self._cuda_line.start(lambda: action(self.cuda_communicator), [*outputs, *inputs], outputs)
+        blocking = not getattr(opts, "asyncOp", True)
+        return self._line.start(lambda: action(self.communicator), outputs, blocking=blocking)
 
     def _carries(self, tensors: Sequence[Tensor], reducing: Any = None) -> bool:
         """Whether these are for us: the same on all ranks, as they pass the same kinds of tensors."""
-        if not tensors or not all(_carried(x) for x in tensors):
+        if not tensors or not all(_carried(x) for x in tensors) or len({x.is_cuda for x in tensors}) > 1:
+            return False
+        if tensors[0].is_cuda and not self._carries_cuda():
             return False
         if reducing is None:
             return True
         op = _op(reducing)
         return all(_reducible(op, x.dtype, self.size()) for x in tensors)
+
+    def _carries_cuda(self) -> bool:
+        """Decided at the first CUDA tensor, for all ranks alike."""
+        if self._cuda_ours is None:
+            self._cuda_ours = all_have_nccl(dist.PrefixStore("tasp_coll_cuda", self._store), self.rank(), self.size())
+        return self._cuda_ours
 
     def _topology(self) -> str | None:
         """None: what TASP_COLL_TOPOLOGY says, which is about the default group."""
@@ -250,8 +279,12 @@ class TaspGroup(dist.ProcessGroup):
 
 
 def _carried(tensor: Tensor) -> bool:
-    """Whether this tensor is ours at all; the place to widen for CUDA tensors."""
-    return tensor.device.type == "cpu" and tensor.layout is torch.strided and not (tensor.is_quantized or _lazy(tensor))
+    """Whether this tensor is ours at all."""
+    return (
+        (tensor.is_cpu or tensor.is_cuda)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or _lazy(tensor))
+    )
 
 
 def _lazy(tensor: Tensor) -> bool:

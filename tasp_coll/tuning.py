@@ -15,6 +15,7 @@ from tasp_coll.errors import ArgumentError
 from tasp_coll.files import parse_json, read_bytes, writing
 from tasp_coll.forecast import NATIVE, Case, Choice, choose, direct
 from tasp_coll.hierarchical import MOST_SLICES
+from tasp_coll.links import number_of
 from tasp_coll.schedule import ALGORITHMS, plan
 from tasp_coll.simulate import LINKS_ALONE, Costs
 from tasp_coll.topology import Topology
@@ -92,9 +93,16 @@ class Chooser:
             found = parse_json(text)
             if found["version"] != _VERSION:
                 raise ValueError(f"version {found['version']!r} is not {_VERSION}")
-            return cls(tuple(_row(row) for row in found["table"]), Costs(**found.get("costs", {})))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            return cls(tuple(_row(row) for row in found["table"]), _costs(found.get("costs", {})))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArgumentError(f"the tuned table is not valid: {error}") from error
+
+
+def _costs(told: dict[str, object]) -> Costs:
+    numbers = {name: number_of(value) for name, value in told.items()}
+    if None in numbers.values():
+        raise ValueError(f"costs must be numbers, got {told!r}")
+    return Costs(**numbers)  # type: ignore[arg-type]
 
 
 def _row(row: Sequence[object]) -> tuple[str, int, Choice]:

@@ -27,6 +27,7 @@ class Case:
     window: int | None = None
     documents: tuple[float, ...] | None = None  # where they begin, as shares of the sequence
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
 
     @property
     def cu_seqlens(self) -> tuple[int, ...] | None:
@@ -40,7 +41,8 @@ class Case:
         random = torch.Generator().manual_seed(self.total)
         shapes = [(self.batch, heads, self.total, self.head_dim) for heads in (self.heads, self.kv_heads)]
         return tuple(
-            torch.randn(shapes[kind], generator=random, dtype=torch.float64).to(self.dtype) for kind in (0, 1, 1, 0)
+            torch.randn(shapes[kind], generator=random, dtype=torch.float64).to(self.device, self.dtype)
+            for kind in (0, 1, 1, 0)
         )
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensors:

@@ -16,8 +16,8 @@ import launch
 _cache = tempfile.TemporaryDirectory(prefix="tasp-coll-tests-")
 os.environ["TASP_COLL_CACHE"] = _cache.name
 
-# Written for the ranks of an MPI job: test_mpi.py and test_attention_transformers.py start them at several world sizes.
-collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["mpi", "mpi_transformers", "torchrun"]
+# Written for the ranks of an MPI job: test_mpi.py, test_gpu.py and others start them at several world sizes.
+collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["gpu", "mpi", "mpi_transformers", "torchrun"]
 
 # In CI the examples are the same every time, so that a failure is the change's; elsewhere they are new every time.
 settings.register_profile("shared-machine", deadline=None, derandomize="CI" in os.environ)

@@ -56,11 +56,25 @@ class Group:
     rank: int
     comm: bytes
     messages: tuple[Message, ...]
+    stream: int = 0
     begun: bool = False
     left: int = 0
 
 
 Item = Group | Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a rank gave to a stream, or what its caller does there, for the proof.
+
+    event: that is recorded, or waited for. uses: (address, bytes, is it written) each.
+    """
+
+    stream: int
+    event: object = None
+    waits: bool = False
+    uses: tuple[tuple[int, int, bool], ...] = ()
 
 
 @dataclass
@@ -69,12 +83,37 @@ class Fabric:
 
     streams: dict[tuple[int, int], deque[Item]] = field(default_factory=lambda: defaultdict(deque))
     records: dict[int, list[Group]] = field(default_factory=lambda: defaultdict(list))
+    entries: dict[int, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    captures: dict[tuple[int, int], list[tuple[Item, Entry]]] = field(default_factory=dict)  # by stream
     failed: str | None = None  # an asynchronous error, for all to see
     lock: Any = field(default_factory=threading.RLock)
+    running: tuple[int, int] = (0, 0)  # the stream that is being carried out
     _ids: count[int] = field(default_factory=count)
     _posted: dict[tuple[bytes, int, int, bool], deque[tuple[Group, Message]]] = field(
         default_factory=lambda: defaultdict(deque)
     )
+
+    def give(self, rank: int, stream: int, item: Item, entry: Entry) -> None:
+        """Put something into a stream."""
+        with self.lock:
+            if (rank, stream) in self.captures:
+                self.captures[rank, stream].append((item, entry))
+                return
+            self.streams[rank, stream].append(item)
+            self.entries[rank].append(entry)
+
+    def give_group(self, group: Group) -> None:
+        """Put a group into its stream."""
+        uses = tuple((message.address, message.nbytes, not message.send) for message in group.messages)
+        with self.lock:
+            if (group.rank, group.stream) not in self.captures:
+                self.records[group.rank].append(group)
+            self.give(group.rank, group.stream, group, Entry(group.stream, uses=uses))
+
+    def note(self, rank: int, stream: int, address: int, nbytes: int, written: bool) -> None:
+        """The caller's own work on a stream uses memory."""
+        with self.lock:
+            self.entries[rank].append(Entry(stream, uses=((address, nbytes, written),)))
 
     def run(self) -> None:
         """Until all streams are empty; Stuck if they never will be."""
@@ -86,8 +125,15 @@ class Fabric:
     def pump(self) -> None:
         """As far as it goes now."""
         with self.lock:
-            while sum(self._advance(queue) for queue in list(self.streams.values())):
+            while sum(self._drain(key) for key in list(self.streams)):
                 pass
+
+    def _drain(self, key: tuple[int, int]) -> int:
+        """As far as it goes while the others stand still; how many steps."""
+        moved, self.running, queue = 0, key, self.streams[key]
+        while self._advance(queue):
+            moved += 1
+        return moved
 
     def _advance(self, queue: deque[Item]) -> bool:
         if not queue:
@@ -161,9 +207,7 @@ class Nccl:
         assert given is not None
         for comm, stream in dict.fromkeys((comm, stream) for comm, stream, _ in given):
             messages = tuple(message for owner, at, message in given if (owner, at) == (comm, stream))
-            with self._fabric.lock:
-                self._fabric.records[comm.rank].append(group := Group(comm.rank, comm.identity, messages))
-                self._fabric.streams[comm.rank, stream].append(group)
+            self._fabric.give_group(Group(comm.rank, comm.identity, messages, stream))
 
 
 class NcclCommunicator:
@@ -184,8 +228,8 @@ class NcclCommunicator:
         """As its definition has it, by sends and receives."""
         place = recvbuf + self.rank * count
         if place != sendbuf:
-            with self._module._fabric.lock:
-                self._module._fabric.streams[self.rank, stream].append(lambda: _move(place, sendbuf, count))
+            uses = ((place, count, True), (sendbuf, count, False))
+            self._module._fabric.give(self.rank, stream, lambda: _move(place, sendbuf, count), Entry(stream, uses=uses))
         self._module.groupStart()
         for peer in range(self.size):
             if peer != self.rank:
@@ -221,10 +265,11 @@ class NcclCommunicator:
 
 
 def check_records(records: dict[int, list[Group]]) -> None:
-    """Prove that the groups of all ranks, one stream each, end whatever the timing: NCCL's own rules.
+    """Prove that the groups of all ranks end whatever the timing: NCCL's own rules.
 
-    Between two ranks the k-th send and the k-th receive are one message of one size, and no group waits, by way of
-    messages and of the order on streams, for itself. And no group writes what it also reads or writes elsewhere.
+    Between two ranks the k-th send and the k-th receive of a communicator are one message of one size, and no group
+    waits, by way of messages and of the order in which the rank gave its groups, for itself: even if a GPU ran one at a
+    time, on whatever streams they are. And no group writes what it also reads or writes elsewhere.
     """
     ties: dict[tuple[int, int], tuple[int, int]] = {}  # a forest of groups that run at the same time
 
@@ -253,14 +298,45 @@ def check_records(records: dict[int, list[Group]]) -> None:
         raise Stuck(f"groups wait for themselves: {error.args[1]}") from error
 
 
-def _by_pair(records: dict[int, list[Group]], send: bool) -> dict[tuple[int, int], list[tuple[tuple[int, int], int]]]:
-    found: dict[tuple[int, int], list[tuple[tuple[int, int], int]]] = defaultdict(list)
+def check_memory(entries: dict[int, list[Entry]]) -> None:
+    """Prove that of two uses of the same memory, one of which writes it, one is always after the other.
+
+    That is by the order on a stream, and by events. A rank waits for no event that it did not record before.
+    """
+    for rank, given in entries.items():
+        before: list[int] = []  # of each entry, a bit for each that comes before it
+        latest: dict[int, int] = {}  # of each stream
+        recorded: dict[int, int] = {}
+        uses: list[tuple[int, int, bool, int]] = []  # from, to, is it written, by which entry
+        for number, entry in enumerate(given):
+            known = 0
+            if entry.stream in latest:
+                known |= before[latest[entry.stream]] | 1 << latest[entry.stream]
+            if entry.waits:
+                assert id(entry.event) in recorded, f"rank {rank} waits for an event that nobody recorded"
+                known |= before[recorded[id(entry.event)]] | 1 << recorded[id(entry.event)]
+            elif entry.event is not None:
+                recorded[id(entry.event)] = number
+            before.append(known)
+            latest[entry.stream] = number
+            for address, nbytes, written in entry.uses:
+                for start, stop, wrote, by in uses:
+                    if (wrote or written) and address < stop and start < address + nbytes and by != number:
+                        assert known >> by & 1, f"rank {rank} uses memory again before its event: {given[by]}, {entry}"
+                if nbytes:
+                    uses.append((address, address + nbytes, written, number))
+
+
+def _by_pair(
+    records: dict[int, list[Group]], send: bool
+) -> dict[tuple[bytes, int, int], list[tuple[tuple[int, int], int]]]:
+    found: dict[tuple[bytes, int, int], list[tuple[tuple[int, int], int]]] = defaultdict(list)
     for rank, groups in records.items():
         for number, group in enumerate(groups):
             for message in group.messages:
                 if message.send == send:
-                    pair = (rank, message.peer) if send else (message.peer, rank)
-                    found[pair].append(((rank, number), message.nbytes))
+                    src, dst = (rank, message.peer) if send else (message.peer, rank)
+                    found[group.comm, src, dst].append(((rank, number), message.nbytes))
     return found
 
 

@@ -31,6 +31,14 @@ def test_equals_the_dense_reference(ranks: int, case: Case) -> None:
     on_ranks(ranks, lambda comm: check(comm, case))
 
 
+@pytest.mark.parametrize("near", [1, 4096])
+def test_some_heads_at_a_time(near: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where results are large: a head at a time, and a few."""
+    monkeypatch.setattr("attention.kernels_host._NEAR", near)
+    for case in CASES:
+        on_ranks(3, lambda comm, case=case: check(comm, case))  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("ranks", [5, 6, 7, 8, 9])
 def test_any_number_of_ranks_and_any_length(ranks: int) -> None:
     def body(comm: Communicator) -> None:

@@ -17,7 +17,8 @@ PACKAGE = Path(attention.__file__).parent
 # for language models.
 ORDER = (
     *("forecast", "agreement", "kernel_parts", "tracing", "dense", "partition", "blocks", "sequence", "check"),
-    *("kernels_host", "kernels_cuda", "kernels_flash_attn", "kernels", "merge", "compute", "wire", "methods"),
+    *("kernels_host", "kernels_cuda", "kernels_flash_attn", "kernels"),
+    *("merge_triton", "merge", "compute", "wire", "methods"),
     *("ulysses", "choice", "function", "training", "sharded_cache", "generation", "transformers"),
 )
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from attention import kernels
 from attention.dense import dense_attention
-from attention.kernel_parts import expanded, grouped, padded
+from attention.kernel_parts import expanded, grouped, padded, tiles
 from attention.kernels import Kernel, agrees, candidates, kernel_for
 from attention.kernels_cuda import CudnnKernel, EfficientKernel, FlashKernel
 from attention.kernels_flash_attn import FlashAttnKernel
@@ -214,7 +214,7 @@ ALL: tuple[Kernel, ...] = (
     FlashKernel(),
     CudnnKernel(),
     EfficientKernel(),
-    FlashAttnKernel(SimpleNamespace(_flash_attn_forward=None, _flash_attn_backward=None)),
+    FlashAttnKernel("flash_attn", print, print),
 )
 
 
@@ -267,7 +267,9 @@ def test_the_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_may_run_on_a_gpu() -> None:
     def names(dtype: torch.dtype, dim: int) -> list[str]:
-        return [kernel.name for kernel in candidates(torch.device("cuda"), dtype, dim) if kernel.name != "flash_attn"]
+        return [
+            kernel.name for kernel in candidates(torch.device("cuda"), dtype, dim) if "flash_attn" not in kernel.name
+        ]
 
     assert names(torch.bfloat16, 128) == ["flash", "cudnn", "efficient", "math"]
     assert names(torch.float16, 512) == ["efficient", "math"]
@@ -450,7 +452,11 @@ def test_padding_heads_and_layouts_are_settled(
 
 
 def flash_attn(version: str) -> Any:
-    """Its interface in two versions: (B, S, H, D), arguments by name, gradients written where it is told."""
+    """Forward and backward as its versions declare them: (B, S, H, D), arguments by name.
+
+    3 and 4 as in hopper/flash_attn_interface.py and flash_attn/cute/interface.py of Dao-AILab/flash-attention.
+    Arguments with a default that do not matter here are left out. Gradients are written where it is told, if it is.
+    """
     plain = MathKernel()
 
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -459,16 +465,19 @@ def flash_attn(version: str) -> Any:
         out, lse = plain.forward(*turned, causal=causal, scale=scale)
         return out.transpose(1, 2), lse
 
-    def backward(given: dict[str, Any]) -> Tensor:
+    def backward(given: dict[str, Any]) -> Any:
         assert given["deterministic"] is True
-        assert given["softmax_lse"].is_contiguous()
+        lse = given["lse"] if "lse" in given else given["softmax_lse"]
+        assert lse.is_contiguous()
         turned = (given[name].transpose(1, 2) for name in ("dout", "q", "k", "v", "out"))
-        how = {"causal": given["causal"], "scale": given["softmax_scale"]}
-        found = plain.backward(*turned, given["softmax_lse"], **how)
+        causal = given["causal"] if "causal" in given else given["is_causal"]
+        found = plain.backward(*turned, lse, causal=causal, scale=given["softmax_scale"])
+        if "dq" not in given:
+            return tuple(x.transpose(1, 2) for x in found)
         for name, x in zip(("dq", "dk", "dv"), found, strict=True):
             assert given[name].is_contiguous()
             given[name].copy_(x.transpose(1, 2))
-        return given["softmax_lse"]
+        return lse
 
     def old_forward(q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any, alibi_slopes: Any, return_softmax: Any) -> Any:  # fmt: skip # noqa: E501
         assert (dropout_p, window_size, alibi_slopes, return_softmax) == (0, (-1, -1), None, False)
@@ -494,28 +503,55 @@ def flash_attn(version: str) -> Any:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self._init_fn(*args, **kwargs)
 
-    if version == "old":
-        return SimpleNamespace(_flash_attn_forward=old_forward, _flash_attn_backward=old_backward)
-    wrapped = (Operator if version == "operators" else lambda function: function)(new_forward)
-    return SimpleNamespace(_flash_attn_forward=wrapped, _flash_attn_backward=new_backward)
+    def forward_3(q: Any, k: Any, v: Any, k_new: Any = None, v_new: Any = None, qv: Any = None, out_: Any = None, softmax_scale: Any = None, causal: Any = False, window_size_left: Any = -1, window_size_right: Any = -1, attention_chunk: Any = 0, softcap: Any = 0.0, num_splits: Any = 1, pack_gqa: Any = None, sm_margin: Any = 0) -> Any:  # fmt: skip # noqa: E501
+        return *forward(q, k, v, softmax_scale, causal), torch.tensor([]), torch.tensor([])
+
+    def backward_3(dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, dq: Any = None, dk: Any = None, dv: Any = None, softmax_scale: Any = None, is_causal: Any = False, window_size_left: Any = -1, window_size_right: Any = -1, softcap: Any = 0.0, deterministic: Any = False, sm_margin: Any = 0) -> Any:  # fmt: skip # noqa: E501
+        return backward(locals())
+
+    def forward_4(q: Any, k: Any, v: Any, softmax_scale: Any = None, causal: Any = False, softcap: Any = None, window_size_left: Any = None, window_size_right: Any = None, num_splits: Any = 1, pack_gqa: Any = None, return_lse: Any = False, out: Any = None, lse: Any = None) -> Any:  # fmt: skip # noqa: E501
+        assert (softcap, window_size_left, window_size_right, out, lse, return_lse) == (*(None,) * 5, True)
+        return forward(q, k, v, softmax_scale, causal)
+
+    def backward_4(q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, softmax_scale: Any = None, causal: Any = False, softcap: Any = 0.0, window_size_left: Any = None, window_size_right: Any = None, deterministic: Any = False) -> Any:  # fmt: skip # noqa: E501
+        assert (softcap, window_size_left, window_size_right) == (0, None, None)
+        return backward(locals())
+
+    return {
+        "2.0": (old_forward, old_backward),
+        "2.7": (new_forward, new_backward),
+        "2.7 as operators": (Operator(new_forward), new_backward),
+        "3": (Operator(forward_3), Operator(backward_3)),
+        "4": (forward_4, backward_4),
+    }[version]
 
 
-@pytest.mark.parametrize("version", ["old", "new", "operators"])
+@pytest.mark.parametrize("version", ["2.0", "2.7", "2.7 as operators", "3", "4"])
 @pytest.mark.parametrize("dim", [1, 64, 100])
 def test_versions_of_flash_attn(version: str, dim: int) -> None:
-    kernel = FlashAttnKernel(flash_attn(version))
+    kernel = FlashAttnKernel("flash_attn", *flash_attn(version))
     for rows, keys, causal in SHAPES:
         inputs = tensors(rows, keys, dim, torch.float32)
         assert_near(round_trip(kernel, inputs, causal, 0.1), dense(*inputs, causal, 0.1), 5e-6)
 
 
 def test_flash_attn_is_a_candidate_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    package = SimpleNamespace(flash_attn_interface=flash_attn("new"))
-    monkeypatch.setitem(sys.modules, "flash_attn", package)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package.flash_attn_interface)
-    assert candidates(torch.device("cuda"), torch.float16, 64)[0].name == "flash_attn"
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_interface=None))  # type: ignore[arg-type]
-    assert candidates(torch.device("cuda"), torch.float16, 64)[0].name == "flash"
+    def modules(*, broken: bool = False) -> None:
+        for module, version in (("flash_attn.flash_attn_interface", "2.7"), ("flash_attn_interface", "3")):
+            names = dict(zip(("_flash_attn_forward", "_flash_attn_backward"), flash_attn(version), strict=True))
+            monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{} if broken else names))  # type: ignore[arg-type]
+        names = dict(zip(("_flash_attn_fwd", "_flash_attn_bwd"), flash_attn("4"), strict=True))
+        monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", SimpleNamespace(**{} if broken else names))  # type: ignore[arg-type]
+
+    def found() -> list[str]:
+        return [kernel.name for kernel in candidates(torch.device("cuda"), torch.float16, 64)]
+
+    for package in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace(__path__=[]))  # type: ignore[arg-type]
+    modules()
+    assert found()[:4] == ["flash_attn_4", "flash_attn_3", "flash_attn", "flash"]
+    modules(broken=True)
+    assert found()[0] == "flash"
 
 
 # --- parts
@@ -531,6 +567,20 @@ def test_padding_leaves_what_is_aligned_alone() -> None:
         assert (found[..., odd.shape[-1] :] == 0).all()
         assert found.shape[-1] % 8 == found.storage_offset() % 8 == 0
         assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (8, 1), (8, 2), (6, 6), (12, 4), (7, 1)])
+def test_tiles_are_even_and_share_keys(heads: int, kv_heads: int) -> None:
+    query = torch.zeros(2, heads, 5, 3)
+    each = 2 * 5 * 3 * 4
+    for most in (None, 0, *(each * count for count in range(1, heads + 1))):
+        found = list(tiles(query, kv_heads, most))
+        assert [head for told, _ in found for head in range(told.start, told.stop)] == list(range(heads))
+        shared = heads // kv_heads
+        for told, keys in found:
+            assert [keys.start, keys.stop] == [told.start // shared, (told.stop - 1) // shared + 1]
+            assert most is None or (told.stop - told.start) * each <= max(most, each)
+            assert shared == 1 or len(found) == 1 or keys.stop - keys.start == 1
 
 
 def test_grouping_is_the_gradient_of_expanding() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention.kernels_host import MathKernel
-from attention.merge import Partial
+from attention.merge import Partial, merge_for, plain
 
 KERNEL = MathKernel()
 TOLERANCES = ((torch.float64, 1e-10), (torch.float32, 1e-6))
@@ -143,3 +146,59 @@ def test_half_precision_adds_up_in_float32() -> None:
     out, _ = into.finish()
     assert out.dtype == torch.bfloat16
     assert float((out.float() - wanted).abs().max()) <= 2**-8 * float(wanted.abs().max())
+
+
+def test_heads_may_come_one_after_another() -> None:
+    """In tiles that differ from block to block, with rows of their own: the same as all at once."""
+    query, key, value = (random(2, 4, 6, 8, seed=seed, dtype=torch.float64) for seed in range(3))
+    rows = (slice(0, 6), slice(2, 6), slice(0, 3))
+    tiles = ((slice(0, 3), slice(3, 4)), (slice(0, 2), slice(2, 4)), (slice(0, 4),))
+    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+        whole, parts = Partial(query), Partial(query)
+        for which in order:
+            found = block(query[:, :, rows[which]], key, value)
+            whole.add(rows[which], *(x.clone() for x in found))
+            for heads in tiles[which]:
+                parts.add(rows[which], *(x[:, heads] for x in found), heads)
+        torch.testing.assert_close(parts.finish(), whole.finish(), rtol=0, atol=1e-14)
+
+
+def test_heads_of_which_nothing_came() -> None:
+    query, key, value = (random(1, 3, 4, 4, seed=seed, dtype=torch.float64) for seed in range(3))
+    into = Partial(query)
+    some = block(query[:, 1:2], key[:, 1:2], value[:, 1:2])
+    into.add(slice(0, 4), *some, slice(1, 2))
+    out, lse = into.finish()
+    torch.testing.assert_close((out[:, 1:2], lse[:, 1:2]), some, rtol=0, atol=0)
+    assert (out[:, ::2] == 0).all()
+    assert (lse[:, ::2] == -math.inf).all()
+
+
+def test_without_triton_the_plain_merge_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "attention.merge_triton", raising=False)
+    merge_for.cache_clear()
+    assert merge_for(torch.device("cpu")) is merge_for(torch.device("cuda")) is plain
+    merge_for.cache_clear()
+
+
+def test_the_merge_for_gpus_in_triton_s_interpreter() -> None:
+    """In a process of its own: Triton asks once whether to interpret."""
+    pytest.importorskip("triton")
+    source = """
+import math, torch
+from attention.merge import plain
+from attention.merge_triton import merge
+def rows(*shape): return torch.randn(shape, generator=random, dtype=torch.float64)
+random = torch.Generator().manual_seed(0)
+for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    for dim in (1, 64, 80):
+        so_far, seen = rows(2, 3, 70, dim).to(wide)[:, :, 3:], 5 * rows(2, 3, 70).to(wide)[:, :, 3:]
+        out, lse = rows(2, 67, 3, dim).to(dtype).transpose(1, 2), 5 * rows(2, 67, 3).to(wide).transpose(1, 2)
+        seen[:, :, 5:7], lse[:, :, 6:8], lse[:, :, 9] = -1e30, -math.inf, math.nan
+        wanted, found = ((so_far.clone(), seen.clone()) for _ in range(2))
+        plain(*wanted, out, lse)
+        merge(*found, out, lse)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
+"""
+    subprocess.run([sys.executable, "-c", source], check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=120)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 
+import ipc_double
 from cupy_double import Device, Runtime, install
 from loopback_ranks import attempt, on_ranks
 from nccl_double import Fabric, check_records
@@ -20,7 +22,15 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture
 def fabric(monkeypatch: pytest.MonkeyPatch) -> Fabric:
+    monkeypatch.delenv("TASP_COLL_GPU_TRANSPORT", raising=False)
     return install(monkeypatch)
+
+
+@pytest.fixture
+def ipc(monkeypatch: pytest.MonkeyPatch) -> ipc_double.Ipc:
+    """Arrays on GPUs travel by CUDA IPC."""
+    monkeypatch.setenv("TASP_COLL_GPU_TRANSPORT", "ipc")
+    return ipc_double.install(monkeypatch)
 
 
 def on_gpu(comm: Communicator, values: Array, number: int | None = None) -> Any:
@@ -190,7 +200,6 @@ def test_host_here_and_gpu_there(fabric: Fabric) -> None:
             "where send",
         ),
         (lambda comm, x: comm.decomposed_allreduce(x, algorithm="native"), ArgumentError, "allgather of equal shards"),
-        (lambda comm, x: next(comm.allgather_steps(x)), ArgumentTypeError, "step by step"),
     ],
 )
 def test_refused_on_all_ranks(fabric: Fabric, call: Any, kind: type, told: str) -> None:
@@ -217,7 +226,10 @@ def test_two_ranks_on_one_gpu(fabric: Fabric) -> None:
     def body(comm: Communicator) -> BaseException | None:
         return attempt(lambda: comm.decomposed_allgather(on_gpu(comm, shard(comm.rank), 0)))
 
-    for error in on_ranks(2, body):
+    for error in on_ranks(2, body, gpu_transport="nccl"):
+        assert "ranks 0 and 1 both use" in str(error)
+    for error in on_ranks(2, body):  # and without a driver there is no CUDA IPC either
+        assert "CUDA 11.7" in str(error)
         assert "ranks 0 and 1 both use" in str(error)
 
 
@@ -257,3 +269,113 @@ def test_what_never_ends_on_the_gpu_is_aborted(fabric: Fabric) -> None:
     assert "not complete on the GPU within 0.5 s" in str(waited)
     assert isinstance(busy, PeerTimeoutError)
     assert busy.peers == (0,)
+
+
+# --- by CUDA IPC
+
+
+def whole_life(comm: Communicator, number: int | None) -> None:
+    """A bit of everything, in the order of streams and beside them."""
+    n, rank = comm.size, comm.rank
+    send = on_gpu(comm, shard(rank), number)
+    expected = np.concatenate([shard(each) for each in range(n)])
+    works = [comm.decomposed_allgather(send, algorithm="rings", async_op=True) for _ in range(2)]
+    results = [comm.decomposed_allgather(send, algorithm=name) for name in ("auto", "ring", "direct")]
+    results += [work.wait() for work in works]
+    total = comm.decomposed_allreduce(on_gpu(comm, shard(rank, 40 * n), number), algorithm="rings")
+    swapped = comm.all_to_all(on_gpu(comm, shard(rank, 8 * n), number))
+    Device(rank if number is None else number).synchronize()
+    assert all(np.array_equal(result, expected) for result in results)
+    assert np.array_equal(total, sum(shard(each, 40 * n) for each in range(n)))
+    parts = [shard(each, 8 * n)[8 * rank : 8 * rank + 8] for each in range(n)]
+    assert np.array_equal(swapped, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a GPU each", "one GPU"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_by_ipc(ipc: ipc_double.Ipc, n: int, shared: bool) -> None:
+    on_ranks(n, lambda comm: whole_life(comm, 0 if shared else None))
+    assert not ipc.memory
+    assert not ipc.opened
+
+
+def test_auto_is_ipc_where_ranks_share_a_gpu(ipc: ipc_double.Ipc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASP_COLL_GPU_TRANSPORT", "auto")
+    on_ranks(2, lambda comm: whole_life(comm, 0))
+    assert not ipc.fabric.records  # of NCCL
+
+
+def test_native_needs_nccl(ipc: ipc_double.Ipc) -> None:
+    def body(comm: Communicator) -> BaseException | None:
+        return attempt(lambda: comm.decomposed_allgather(on_gpu(comm, shard(comm.rank)), algorithm="native"))
+
+    for error in on_ranks(2, body):
+        assert isinstance(error, ArgumentError)
+        assert "CUDA IPC" in str(error)
+
+
+def test_a_peer_that_gives_up_ends_the_communicator(ipc: ipc_double.Ipc) -> None:
+    def body(comm: Communicator) -> BaseException | None:
+        send = on_gpu(comm, shard(comm.rank))
+        comm.decomposed_allgather(send)
+        settled(comm)
+        device, _ = comm._core.gpu(comm.rank)
+        assert device.links is not None
+        if comm.rank == 1:
+            device.links.abort("no more")
+        deadline = time.monotonic() + 10
+        while comm.usable and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return attempt(lambda: comm.decomposed_allgather(send))
+
+    waited, gave_up = on_ranks(2, body)
+    assert "rank 1 gave up" in str(waited)
+    assert "no more" in str(gave_up)
+
+
+def test_ranks_that_ask_for_different_transports(ipc: ipc_double.Ipc) -> None:
+    def body(comm: Communicator) -> BaseException | None:
+        comm._core.gpu_transport = ("nccl", "ipc")[comm.rank]
+        return attempt(lambda: comm.decomposed_allgather(on_gpu(comm, shard(comm.rank))))
+
+    for error in on_ranks(2, body):
+        assert "rank 0 'nccl', rank 1 'ipc'" in str(error)
+
+
+def test_ranks_on_different_hosts(ipc: ipc_double.Ipc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasp_coll.linkup.machine", lambda: threading.current_thread().name)
+
+    def body(comm: Communicator) -> BaseException | None:
+        return attempt(lambda: comm.decomposed_allgather(on_gpu(comm, shard(comm.rank))))
+
+    for error in on_ranks(2, body):
+        assert "links ranks of one host" in str(error)
+        assert "rank 1" in str(error)
+
+
+def test_what_is_no_transport() -> None:
+    with pytest.raises(ArgumentError, match="gpu_transport must be one of auto, nccl, ipc, got 'mpi'"):
+        on_ranks(2, lambda comm: None, gpu_transport="mpi")
+
+
+def test_repeated_calls_and_steps_by_ipc(ipc: ipc_double.Ipc) -> None:
+    """A graph of copies and flags can be launched as often as wanted, between calls and steps that are not graphs."""
+
+    def body(comm: Communicator) -> None:
+        send, out = on_gpu(comm, shard(comm.rank)), on_gpu(comm, np.zeros((3 * 3000, 2), np.float32))
+        expected = np.concatenate([shard(rank) for rank in range(3)])
+        for call in range(4):
+            out[...] = -1
+            comm.decomposed_allgather(send, out, algorithm="rings")
+            other = comm.decomposed_allgather(send, algorithm="direct")
+            found = {}
+            for arrival in comm.allgather_steps(send, algorithm="rings"):
+                settled(comm)
+                found |= {(chunk.source, chunk.start): np.array(chunk.data) for chunk in arrival.chunks}
+            settled(comm)
+            assert np.array_equal(out, expected), call
+            assert np.array_equal(other, expected)
+            assert np.array_equal(np.concatenate([found[key] for key in sorted(found)]), expected)
+
+    on_ranks(3, body)
+    assert sum(graph.launched for graph in Runtime.graphs) >= 3 * 3

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cupy_double
 from loopback_ranks import attempt
 from nccl_double import SIGNATURES, Fabric, Group, Message, Nccl, Stuck, check_records, ranks_of
 from tasp_coll import CollectiveError, MismatchError, PeerTimeoutError, Schedule, Topology, plan
@@ -47,7 +48,16 @@ def schedule_of(spec: str, collective: str, algorithm: str) -> Schedule:
 def linked(fabric: Fabric, size: int, ids: str = "bytes") -> list[NcclLinks]:
     modules = list(ranks_of(fabric, size, ids))
     identity = new_id(modules[0])
-    return [NcclLinks.join(module, identity, rank, size) for rank, module in enumerate(modules)]
+    return [NcclLinks.join(module, [identity], rank, size) for rank, module in enumerate(modules)]
+
+
+class Strand:
+    """One stream, as launches take streams."""
+
+    handles = (STREAM,)
+
+    def meet(self) -> None:
+        """Nobody to meet."""
 
 
 class Memory:
@@ -67,7 +77,7 @@ class Memory:
 
 def carry_out(fabric: Fabric, links: list[NcclLinks], programs: list[Program], memories: list[Memory]) -> None:
     for link, program, memory in zip(links, programs, memories, strict=True):
-        link.launch(launches(program), memory.address, memory.act, STREAM)
+        link.launch(launches(program), memory.address, memory.act, Strand())
     check_records(fabric.records)
     fabric.run()
 
@@ -192,10 +202,12 @@ def test_a_message_that_needs_its_own_step_is_refused() -> None:
         launches(builder.build())
 
 
-def test_programs_that_wait_for_their_caller_are_refused() -> None:
+def test_programs_that_wait_for_their_caller_name_gates_and_marks() -> None:
     schedule = plan(Topology.preset("full_mesh:5"))
-    with pytest.raises(ScheduleError, match="step by step"):
-        launches(gather_steps_program(schedule, 0, [9] * 5, 4))
+    given = launches(gather_steps_program(schedule, 0, [9] * 5, 4))
+    assert [launch.step for launch in given] == [0, 1, 2, 3]
+    assert [launch.gates for launch in given] == [(), (), (("release", 1),), (("release", 2),)]
+    assert [launch.marks for launch in given] == [(("arrived", step),) for step in range(1, 5)]
 
 
 # --- errors and ends
@@ -207,16 +219,16 @@ def test_an_asynchronous_error_aborts_and_stays() -> None:
     fabric.failed = "NCCL_ERROR_REMOTE_ERROR: remote process exited"
     for _ in range(2):
         with pytest.raises(CollectiveError, match="remote process exited"):
-            link.launch((), lambda place: 0, lambda action: None, STREAM)
+            link.launch((), lambda place: 0, lambda action: None, Strand())
     link.close()
-    assert link._comm.state == "aborted"
+    assert link._comms[0].state == "aborted"
 
 
 def test_closing_twice_and_use_after_it() -> None:
     (link,) = linked(Fabric(), 1)
     link.close()
     link.close()
-    assert link._comm.state == "destroyed"
+    assert link._comms[0].state == "destroyed"
     with pytest.raises(CollectiveError, match="closed"):
         link.check()
 
@@ -225,7 +237,7 @@ def test_a_group_that_fails_half_way_is_ended() -> None:
     fabric = Fabric()
     link = linked(fabric, 2)[0]
     with pytest.raises(AssertionError):
-        link.group([(SEND, 1, 0, 8), (SEND, 5, 0, 8)], STREAM)
+        link.greet([(SEND, 1, 0, 8), (SEND, 5, 0, 8)], STREAM)
     link._nccl.groupStart()  # not inside of another
 
 
@@ -247,7 +259,7 @@ class FakeGpu:
         peers = [peer for peer in range(links.size) if peer != links.rank]
         memory = np.zeros(2 * links.size, np.uint8)
         at = int(memory.ctypes.data)
-        links.group(
+        links.greet(
             [op for peer in peers for op in ((SEND, peer, at + peer, 1), (RECV, peer, at + links.size + peer, 1))], 1
         )
         return lambda: memory is not None
@@ -259,7 +271,13 @@ def link_up(size: int, gpus: Callable[[Fabric, int], Any], modules: Callable[[Fa
     def body(transport: LoopbackTransport) -> Any:
         engine, rounds = Engine(transport, 0.4), Rounds(transport)
         rank = transport.rank
-        return attempt(lambda: found.append(engine.run(LinkUp(rounds, modules(fabric, rank), gpus(fabric, rank)))))
+        linking = LinkUp(rounds, gpus(fabric, rank), "nccl", 0.4, lambda: given(modules(fabric, rank)))
+        return attempt(lambda: found.append(engine.run(linking)))
+
+    def given(module: Any) -> Any:
+        if isinstance(module, CollectiveError):
+            raise module
+        return module
 
     found: list[NcclLinks] = []
     errors = LoopbackWorld(size).run(body)
@@ -323,3 +341,14 @@ def test_the_double_has_the_real_modules_signatures() -> None:
     assert isinstance(real.NCCL_UINT8, int)
     assert issubclass(real.NcclError, Exception)
     assert len(new_id(real)) == 128
+
+
+@pytest.mark.parametrize("name", cupy_double.SIGNATURES)
+def test_the_double_of_cupy_has_the_real_modules_signatures(name: str) -> None:
+    try:
+        thing: Any = importlib.import_module("cupy").cuda
+    except ImportError as error:
+        pytest.skip(f"CuPy is not installed here ({error}): pip install -e '.[cuda12]'")
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    assert thing.__doc__.strip().splitlines()[0] == cupy_double.SIGNATURES[name]

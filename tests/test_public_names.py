@@ -20,7 +20,7 @@ NAMES = """
     reduce_scatter_steps ring_neighbours
 """
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
-    (Communicator, "(group=None, *, topology=None, timeout=None, stream=None, self_heal=False)"),
+    (Communicator, "(group=None, *, topology=None, timeout=None, stream=None, gpu_transport=None, self_heal=False)"),
     (
         Communicator.decomposed_allgather,
         "(self, send, recv=None, *, algorithm='auto', rings=None, async_op=False)",

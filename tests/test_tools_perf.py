@@ -225,6 +225,11 @@ def test_sizes(text: str, expected: int) -> None:
         ("--algo ring --rings 2", "--rings"),
         ("--algo ring,mpi4py -m 2", "add -z 1"),
         ("--timeout 0", "> 0"),
+        ("-G 2", "-G is for --device cuda"),
+        ("--gpu-transport ipc", "--gpu-transport is for --device cuda"),
+        ("--device cuda --algo ring,gloo", "gloo is for --device cpu"),
+        ("--device cuda -G 2 -z 1", "leave out -z 1"),
+        ("--device cuda -d bfloat16", "--arrays torch"),
         ("--nope", "--nope"),
     ],
 )
@@ -343,6 +348,26 @@ def test_what_is_done_in_place_can_be_left_out(mpirun: MpiRun, tmp_path: Path) -
     flags = ["-b", "1K", "-e", "1K", "--algo", "ring,direct", "--out-of-place"]
     found, _ = measured(mpirun, 2, AllGather(), flags, tmp_path / "found.json")
     assert [record["in_place"] for record in found["results"]] == [None, None]
+
+
+@pytest.mark.parametrize("flags", [["-G", "3", "-m", "2"], ["-z", "1", "-d", "half", "--algo", "native,rings"]])
+def test_memory_of_gpus_on_doubles(tmp_path: Path, flags: list[str]) -> None:
+    path, here = tmp_path / "result.json", Path(__file__).parent
+    command = [sys.executable, str(here / "perf_on_double.py"), "all_gather_perf", "--device", "cuda", "-J", str(path)]
+    ended = subprocess.run(
+        [*command, "-b", "64K", "-e", "64K", *TINY, *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment(), "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tools"), str(here), str(REPOSITORY)])},
+    )
+    assert ended.returncode == 0, ended.stderr
+    written = json.loads(path.read_text())
+    assert (written["transport"], written["device"], written["ranks_per_gpu"]) == ("nccl", "a double", 1)
+    for record in written["results"]:
+        assert set(record) == FIELDS | {"host_us", "copy_share"}
+        assert record["wrong"] == 0
+        assert record["time_us"]["median"] == pytest.approx(250 / (6 if "-G" in flags else 1))  # by the double's clock
 
 
 def script_with(directory: Path, call: str) -> Path:

@@ -45,7 +45,7 @@ def _error(bench: Bench, method: Method, wanted: dict[tuple[int, ...], list[Tens
 
 def _whole(world: MPI.Intracomm, x: Tensor, positions: list[list[int]] | None) -> Tensor | None:
     """(B, H, L, D) of each rank -> (B, H, total, D) in the sequence's order and float64, on rank 0."""
-    parts = world.gather(x.double().numpy())
+    parts = world.gather(x.double().cpu().numpy())
     if parts is None or positions is None:
         return None
     order = torch.tensor([position for held in positions for position in held])

@@ -78,6 +78,7 @@ class Bench:
     world: MPI.Intracomm
     comm: tasp_coll.Communicator
     options: Options
+    device: torch.device
     progress: Callable[[], object] = lambda: None  # called after every round
     spans: list[Span] = field(default_factory=list)  # of the last round
     _inputs: dict[int, Inputs] = field(default_factory=dict)
@@ -93,9 +94,14 @@ class Bench:
             options, random = self.options, torch.Generator().manual_seed(self.world.rank)
             dtype = getattr(torch, options.dtype)
             shapes = ((options.batch, heads, length, options.head_dim) for heads in self._heads())
-            drawn = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
+            drawn = (torch.randn(shape, generator=random).to(self.device, dtype) for shape in shapes)
             self._inputs[length] = Inputs(*drawn)
         return self._inputs[length]
+
+    def settle(self) -> None:
+        """Wait for the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _heads(self) -> tuple[int, ...]:
         options = self.options
@@ -132,6 +138,7 @@ class Bench:
                 self.world.Barrier()
                 begun = perf_counter()
                 outcome = calls[position]()
+                self.settle()
                 ended = perf_counter()
                 self._keep(names[position], begun, ended, outcome)
                 if iteration >= 0:

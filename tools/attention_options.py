@@ -47,6 +47,7 @@ class Options:
     trace: Path | None
     topology: str | None
     timeout: float | None
+    device: str
 
 
 def parse(about: str | None, argv: Sequence[str] | None, *, quiet: bool) -> Options:
@@ -59,6 +60,8 @@ def parse(about: str | None, argv: Sequence[str] | None, *, quiet: bool) -> Opti
     if given.check and given.no_comm:
         parser.error("--check needs data, which --no-comm does not send")
     peers = [name for name in given.method or () if name in PEERS]
+    if given.device == "cuda" and peers:
+        parser.error(f"--device cuda: {peers[0]} is compared in host memory only")
     if given.no_comm and peers:
         parser.error(f"--no-comm silences tasp_coll, and {peers[0]} does not communicate by it")
     return Options(
@@ -82,6 +85,7 @@ def parse(about: str | None, argv: Sequence[str] | None, *, quiet: bool) -> Opti
         trace=given.trace,
         topology=given.topology,
         timeout=given.timeout,
+        device=given.device,
     )
 
 
@@ -125,6 +129,13 @@ def _add_compared(group: argparse._ArgumentGroup) -> None:
         type=_methods,
         metavar="A,B,..",
         help=f"any of {', '.join(METHODS)}, also repeatedly (default {','.join(DEFAULT)}, less those that cannot run)",
+    )
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: tensors on GPUs, which the ranks of a host take in turn; what is said of compute, wait and merge "
+        "is then the time to queue them (default cpu)",
     )
     group.add_argument("--no-comm", action="store_true", help="carry no data: what the methods take without it")
     group.add_argument(

@@ -21,11 +21,12 @@ from attention_measure import Bench, Times
 from attention_methods import Method, Ours, assemble, dismiss
 from attention_options import COMPUTE, DEFAULT, TOOL, WHOLE, Options
 from attention_report import Common, Result, head, ratio, row
-from attention_silent import SilentTransport
+from attention_silent import SilentTransport, silenced
 from perf_collective import Unsupported
 from perf_launch import communicator, library
 from perf_report import write_json
 from tasp_coll.bootstrap import connect, timeout_seconds
+from tasp_coll.files import writing
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
 
 def run(world: MPI.Intracomm, options: Options) -> int:
     """The test; its exit status, the same on all ranks. Unsupported for what cannot be done, raised on all of them."""
+    device = _device(world, options)
     comm = communicator(options.topology, options.timeout)
-    silent = _silent(options)
-    bench = Bench(world, comm, options)
+    silent = _silent(options, device)
+    bench = Bench(world, comm, options, device)
     methods, notes = _usable(bench, assemble(options, world, comm, silent))
     report = _Report(bench, comm, methods)
     report.begin(notes)
@@ -90,7 +92,7 @@ def _peak(bench: Bench, method: Method) -> int | None:
     fresh = None
     if isinstance(method, Ours):
         silent = options.silent or method.name == COMPUTE
-        fresh = _silent(options) if silent else communicator(options.topology, options.timeout)
+        fresh = _silent(options, bench.device) if silent else communicator(options.topology, options.timeout)
         method = Ours(method.name, options, fresh)
     bench.world.Barrier()
     grown = bench.world.allgather(attention_memory.peak_bytes(lambda: bench.once(method)))
@@ -99,10 +101,23 @@ def _peak(bench: Bench, method: Method) -> int | None:
     return None if None in grown else max(max(grown) - kept, 0)
 
 
-def _silent(options: Options) -> tasp_coll.Communicator:
+def _device(world: MPI.Intracomm, options: Options) -> torch.device:
+    """Where this rank's tensors are. Ranks take the GPUs of their host in turn."""
+    if options.device == "cpu":
+        return torch.device("cpu")
+    if not all(world.allgather(torch.cuda.is_available())):
+        raise Unsupported("--device cuda: not every rank's torch sees a GPU")
+    hosts = world.allgather(os.uname().nodename)
+    number = hosts[: world.rank].count(hosts[world.rank]) % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def _silent(options: Options, device: torch.device) -> tasp_coll.Communicator:
     """A communicator that carries no data."""
     inner = connect(None, timeout_seconds(options.timeout))
-    return communicator(options.topology, options.timeout, SilentTransport(inner))
+    made = communicator(options.topology, options.timeout, SilentTransport(inner))
+    return silenced(made, device.index if device.type == "cuda" else None)
 
 
 def _results(
@@ -116,7 +131,7 @@ def _results(
     """One for each method."""
     options = bench.options
     dtype = getattr(torch, options.dtype)
-    kernel = kernel_for(torch.empty((1, 1, 1, options.head_dim), dtype=dtype)).name
+    kernel = kernel_for(torch.empty((1, 1, 1, options.head_dim), dtype=dtype, device=bench.device)).name
     common = Common.of(options, comm.topology, _named(options), kernel, dtype.itemsize, times)
     return [
         Result(common, method.name, method.recorded, mine, ratio(mine, times.methods[0]), wrong, peak)
@@ -158,9 +173,10 @@ class _Report:
             f"{options.seq_len} tokens, batch {options.batch}, {options.heads} heads on {options.kv_heads} of keys, "
             f"head_dim {options.head_dim}, {options.dtype}, {kind}, forward{' and backward' * options.backward}",
             f"warmup iters: {options.warmup} iters: {options.iters}{', communication off' * options.silent}",
+            *([f"GPU: {torch.cuda.get_device_name(self._bench.device)}"] if options.device == "cuda" else []),
             f"world size {comm.size}: {', '.join(f'{count} on {host}' for host, count in hosts.items())}",
             f"MPI library: {library()}; torch {torch.__version__}, {torch.get_num_threads()} threads",
-            f"transport {comm.transport}, topology {comm.topology.name}{given}",
+            f"transport {comm.gpu_transport or comm.transport}, topology {comm.topology.name}{given}",
             *notes,
         ]
         print("\n".join(f"# {line}" for line in lines), flush=True)
@@ -176,14 +192,19 @@ class _Report:
         options, comm = self._bench.options, self._comm
         if options.json is not None:
             first = {"tool": TOOL, "version": tasp_coll.__version__, "world_size": comm.size}
-            write_json(options.json, {**first, "transport": comm.transport, "topology": comm.topology.name}, results)
+            write_json(
+                options.json,
+                {**first, "transport": comm.gpu_transport or comm.transport, "topology": comm.topology.name},
+                results,
+            )
         if options.plot is not None:
             kind = "causal" if options.causal else "full"
             attention_plot.draw(
                 options.plot, f"{options.seq_len} tokens, {kind}, {comm.size} ranks, {comm.topology.name}", results
             )
         if options.trace is not None and trace is not None:
-            write_chrome_trace(options.trace, trace)
+            with writing(options.trace) as partial:
+                write_chrome_trace(partial, trace)
 
     def _show_progress(self) -> None:
         """A bar for what takes long, on a terminal, if tqdm is there."""

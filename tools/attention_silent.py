@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from tasp_coll import Communicator
 from tasp_coll.agreement import CONTROL_LANE
+from tasp_coll.executor import Action, Place
+from tasp_coll.launches import Launch, Strands
 from tasp_coll.transport import Alarms, Batch, NativeCall, NativeRequest, Op, Pool, Transport
+from tasp_coll.transport.pool import BatchPool
 
 
 class SilentTransport:
@@ -89,3 +93,114 @@ class _SilentBatch:
 
     def free(self) -> None:
         self._inner.free()
+
+
+class EchoTransport:
+    """Ranks that are not there: whatever this rank says, each of them says too. For agreements alone."""
+
+    name, background, last_event = "echo", False, 0.0
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def prepare(self, ops: Sequence[Op]) -> _EchoBatch:
+        return _EchoBatch(ops)
+
+    def has_native(self, request: NativeRequest) -> bool:
+        """No."""
+        return False
+
+    def native(self, request: NativeRequest) -> NativeCall:
+        raise NotImplementedError("has_native says that there is none")
+
+    def pool(self) -> Pool:
+        return BatchPool(self.prepare)
+
+    def pause(self, idle: int) -> None:
+        """Nobody else wants the core."""
+
+    def alarm(self, missing: Collection[int] | None = None) -> None:
+        """Nobody hears it."""
+
+    def alarms(self) -> Alarms:
+        return {}
+
+    def abandon(self, *keep: Any, lost: bool = False) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _EchoBatch:
+    def __init__(self, ops: Sequence[Op]) -> None:
+        said = {op.peer: op for op in ops if op.send}
+        self._pairs = [(op, said[op.peer]) for op in ops if not op.send]
+
+    def start(self, indices: Sequence[int]) -> None:
+        raise NotImplementedError("agreements start all their messages together")
+
+    def start_all(self) -> None:
+        for heard, told in self._pairs:
+            ctypes.memmove(heard.address, told.address, told.nbytes)
+
+    def test_some(self) -> list[int]:
+        return []
+
+    def test_all(self) -> bool:
+        return True
+
+    def pending(self) -> list[int]:
+        return []
+
+    def free(self) -> None:
+        """Nothing is held."""
+
+
+class SilentLinks:
+    """Between GPUs: launches without their messages."""
+
+    name = "silent"
+    broken: str | None = None
+    has_allgather, orders_streams, communicators = False, True, 1
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def prepare(self, launches: Sequence[Launch]) -> tuple[Launch, ...]:
+        return tuple(launches)
+
+    def launch(
+        self,
+        launches: Sequence[Launch],
+        address: Callable[[Place], int],
+        act: Callable[[Action], None],
+        strands: Strands,
+    ) -> None:
+        for launch in launches:
+            for action in launch.actions:
+                act(action)
+
+    def greet(self, messages: Sequence[tuple[bool, int, int, int]], stream: int) -> None:
+        """Nobody is greeted."""
+
+    def check(self) -> None:
+        """Nothing goes wrong."""
+
+    def abort(self, why: str) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def alone(size: int, gpu: int | None) -> Communicator:
+    """Rank 0 of `size` ranks of which there is no other one, and that carry no data. gpu: its number, or None."""
+    return silenced(Communicator(SilentTransport(EchoTransport(0, size)), topology=f"full_mesh:{size}"), gpu)
+
+
+def silenced(comm: Communicator, gpu: int | None) -> Communicator:
+    """The communicator, which carries no data from this GPU either."""
+    if gpu is not None:
+        comm._core.gpu(gpu)[0].links = SilentLinks(comm.rank, comm.size)
+    return comm

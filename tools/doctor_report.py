@@ -76,9 +76,14 @@ def write_json(
         "gpus": [device.record() for device in devices],
         "links": [link.record() for link in links],
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    told = json.dumps(record, indent=1) + "\n"
+    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout, whose place no file may take
+        path.write_text(told, encoding="utf-8")
+        return
+    # As tasp_coll.files has it, which may not be there.
+    partial = path.with_name(f".{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(told, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -174,7 +174,7 @@ def _answer(job: subprocess.Popen[str], errors: IO[str], timeout: float) -> Answ
 
 def _parsed(line: str) -> dict[str, Any] | None:
     """A line of ours; launchers print lines of their own."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(line), dict):
             return found
     return None

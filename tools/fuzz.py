@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -81,11 +81,15 @@ def tried(name: str, given: Any, folder: Path, limit: float) -> bool | BaseExcep
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
+    """HangError after so many seconds of computing, or ten times as many of waiting: the machine may be busy."""
+    begun, used = time.monotonic(), time.process_time()
+
     def stop(number: int, frame: FrameType | None) -> None:
-        raise HangError(f"more than {seconds:g} s")
+        if time.process_time() - used >= 0.9 * seconds or time.monotonic() - begun >= 10 * seconds:
+            raise HangError(f"more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
@@ -101,9 +105,8 @@ def numbers(options: Options) -> list[tuple[str, int]]:
     return [(name, number) for _, name, number in sorted(told)[:count]]
 
 
-def fuzz(options: Options) -> dict[str, Counts]:
-    """Try all inputs; the counts by parser."""
-    found = {name: Counts() for name in options.parsers}
+def fuzz(options: Options, found: dict[str, Counts]) -> None:
+    """Try all inputs; the counts go to their parsers'."""
     begun = time.monotonic()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="tasp-coll-fuzz-", dir=memory) as folder:
@@ -116,11 +119,11 @@ def fuzz(options: Options) -> dict[str, Counts]:
             counts.seconds += time.perf_counter() - start
             if isinstance(came, BaseException):
                 counts.findings.append(_finding(options, name, number, given, came))
+                print(f"{TOOL}.py: {name}: {counts.findings[-1].error[:100]}", file=sys.stderr, flush=True)
             elif came:
                 counts.taken += 1
             else:
                 counts.refused += 1
-    return found
 
 
 def _finding(options: Options, name: str, number: int, given: Any, error: BaseException) -> Finding:
@@ -162,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import fuzz_parsers  # noqa: F401  before memory is limited
 
     _limit_memory(options.room)
-    found = fuzz(options)
+    found = {name: Counts() for name in options.parsers}
+    with suppress(KeyboardInterrupt):  # tells what was seen
+        fuzz(options, found)
     report(found)
     if options.json is not None:
         told = {"tool": TOOL, "version": tasp_coll.__version__, "seed": options.seed}

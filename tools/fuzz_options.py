@@ -11,15 +11,15 @@ from perf_options import integer, seconds_of
 
 # Of a thousand inputs: what is read often, and fast, most.
 SHARES = {
-    "spec": 330,
-    "topology": 220,
-    "cache": 180,
-    "cli": 140,
-    "env": 100,
-    "results": 15,
-    "cluster": 10,
-    "checkpoint": 3,
-    "run": 2,
+    "spec": 400,
+    "topology": 160,
+    "cache": 250,
+    "cli": 90,
+    "env": 60,
+    "results": 20,
+    "cluster": 17,
+    "checkpoint": 2,
+    "run": 1,
 }
 
 

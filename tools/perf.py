@@ -19,8 +19,10 @@ import perf_plot
 import tasp_coll
 from perf_algorithms import Algorithm, Ran, assemble, dismiss
 from perf_collective import Collective, Extent, Unsupported
+from perf_device import DeviceMemory, device_memory, ranks_on_gpu
 from perf_launch import check_outputs, check_world, communicator, launch, library
 from perf_measure import Bench, Trial
+from perf_memory import HostMemory, Memory
 from perf_options import Options, parse
 from perf_report import Result, Table, foot, write_json
 from tasp_coll.simulate import LINKS_ALONE, software_costs
@@ -45,9 +47,12 @@ def _run(collective: Collective, world: MPI.Intracomm, options: Options) -> int:
     dtype = perf_data.dtype(options.dtype)
     if perf_data.Pattern(dtype, world.size, 0, collective.reduces).width < 1:
         raise Unsupported(f"-d {options.dtype} cannot hold exact sums over {world.size} ranks: take a wider type")
-    comm = communicator(options.topology, options.timeout)
+    memory: Memory = (
+        HostMemory() if options.device == "cpu" else device_memory(world, options.arrays, options.gpu_transport)
+    )
+    comm = communicator(options.topology, options.timeout, gpu_transport=options.gpu_transport)
     found = (collective.extent(size, dtype.itemsize, world.size) for size in options.sizes())
-    bench = Bench(collective, world, options, dtype, list(dict.fromkeys(found)))
+    bench = Bench(collective, world, options, dtype, list(dict.fromkeys(found)), memory)
     algorithms, notes = _usable(bench, assemble(collective, comm, world, options))
     report = _Report(bench, comm, algorithms)
     report.begin(notes)
@@ -78,6 +83,8 @@ def _usable(bench: Bench, algorithms: Iterable[Algorithm]) -> tuple[list[Algorit
             if bench.options.named:
                 raise Unsupported(f"--algo {algorithm.name}: {error}") from error
             notes.append(f"{algorithm.name} is left out: {error}")
+        except tasp_coll.MismatchError as error:  # GPUs that cannot be linked
+            raise Unsupported(str(error)) from error
     return usable, notes
 
 
@@ -97,7 +104,7 @@ def _results(
         ratio = median(mine / first for mine, first in pairs)
         how = (algorithm.name, trial.ran.chosen, trial.ran.rings, factor)
         times = (trial.timing, inner.timing if inner else None, ratio)
-        known = (report.bound(extent), report.predicted_us(extent, algorithm, trial.ran))
+        known = (report.bound(extent), report.predicted_us(extent, algorithm, trial.ran), report.copied(extent, trial))
         results.append(Result(extent, bench.dtype, *how, *times, *known))
     return results
 
@@ -111,7 +118,9 @@ class _Report:
         self._speaks = comm.rank == 0
         named = bool(self._options.topology or os.environ.get(ENVIRONMENT)) and comm.size > 1
         self._topology = comm.topology if named else None
-        self._table = Table(bench.collective.redop, self._options.statistics, named)
+        on_gpu = isinstance(bench.memory, DeviceMemory)
+        self._table = Table(bench.collective.redop, self._options.statistics, named, on_gpu)
+        self._copy_GBps = self._ranks_on_gpu = 0.0
         self._bar: Any = None
         self._costs = LINKS_ALONE
 
@@ -131,15 +140,33 @@ class _Report:
         seconds = algorithm.predicted(case, ran)
         return None if seconds is None else seconds * 1e6
 
+    def copied(self, extent: Extent, trial: Trial) -> float | None:
+        """Share of the GPU's own copy bandwidth that what its ranks receive takes; in host memory None."""
+        if not self._copy_GBps:
+            return None
+        moved = extent.size_bytes * self._bench.collective.factor(self._comm.size) * self._ranks_on_gpu
+        return moved / trial.timing.median / 1e3 / self._copy_GBps
+
+    @property
+    def _transport(self) -> str:
+        return self._comm.gpu_transport or self._comm.transport
+
     def begin(self, notes: Sequence[str]) -> None:
         """Head of the table."""
         hosts = Counter(self._bench.world.allgather(os.uname().nodename))
         self._costs = software_costs(hosts[os.uname().nodename])
+        self._look_at_gpu()
         if not self._speaks:
             return
         self._show_progress()
         for line in (*self._facts(hosts), *(f"# {note}" for note in notes), "#", *self._table.head()):
             self._write(line)
+
+    def _look_at_gpu(self) -> None:
+        memory, world = self._bench.memory, self._bench.world
+        if isinstance(memory, DeviceMemory):
+            self._ranks_on_gpu = ranks_on_gpu(world, memory)
+            self._copy_GBps = world.bcast(memory.copy_GBps() if world.rank == 0 else 0.0)
 
     def _facts(self, hosts: Counter[str]) -> list[str]:
         options, collective, comm = self._options, self._bench.collective, self._comm
@@ -152,10 +179,15 @@ class _Report:
             f"warmup iters: {options.warmup} iters: {options.iters} {flags}",
             f"# world size {comm.size}: {', '.join(f'{count} on {host}' for host, count in hosts.items())}",
             f"# MPI library: {library()}",
-            f"# transport {comm.transport}, topology {comm.topology.name}{assumed}",
+            f"# transport {self._transport}, topology {comm.topology.name}{assumed}",
             f"# size = {collective.size_means}; algbw = size / time, busbw = {collective.formula}",
             f"# time: slowest rank, median over iterations; ratio: time over that of {self._names[0]} (see --help)",
         ]
+        memory = self._bench.memory
+        if isinstance(memory, DeviceMemory):
+            shared = f"{self._ranks_on_gpu:.0f} rank{'s' if self._ranks_on_gpu > 1 else ''} on each"
+            facts.append(f"# GPU: {memory.name}, {shared}, copies {self._copy_GBps:.4g} GB/s within itself")
+            facts.append(f"# {options.arrays} arrays, cudaGraphs: {options.graphs}")
         if comm.size == 1:
             facts.append("# WARNING: one rank has nobody to talk to; start more of them: mpiexec -n 4 python ...")
         return facts
@@ -179,10 +211,21 @@ class _Report:
         options, collective, comm = self._options, self._bench.collective, self._comm
         if options.json is not None:
             head = {"tool": collective.tool, "version": tasp_coll.__version__, "world_size": comm.size}
-            write_json(options.json, {**head, "transport": comm.transport, "topology": comm.topology.name}, results)
+            write_json(
+                options.json,
+                {**head, "transport": self._transport, "topology": comm.topology.name, **self._gpu()},
+                results,
+            )
         if options.plot is not None:
             title = f"{collective.tool}: {comm.size} ranks, {comm.topology.name}"
             perf_plot.draw(options.plot, title, collective.size_means, results, self._names)
+
+    def _gpu(self) -> dict[str, Any]:
+        """Of the file's head."""
+        memory = self._bench.memory
+        if not isinstance(memory, DeviceMemory):
+            return {}
+        return {"device": memory.name, "copy_GBps": self._copy_GBps, "ranks_per_gpu": int(self._ranks_on_gpu)}
 
     def _show_progress(self) -> None:
         """A bar for what takes long, on a terminal, if tqdm is there."""

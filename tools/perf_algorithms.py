@@ -65,8 +65,7 @@ class Ours(Algorithm):
             self._settings["async_op"] = True
 
     def bind(self, place: Place) -> Callable[[], Any]:
-        send, recv = place.dtype.face(place.send), place.dtype.face(place.recv)
-        return partial(self.collective.ours(self._comm), send, recv, **self._settings)
+        return partial(self.collective.ours(self._comm), *place.faces, **self._settings)
 
     def ran(self) -> Ran:
         choice = self._comm.last_choice

@@ -35,12 +35,13 @@ class Extent:
 
 @dataclass(frozen=True)
 class Place:
-    """Memory of one call on this rank, as unsigned integers of the element's width."""
+    """Memory of one call on this rank, as unsigned integers of the element's width, and as our callers have it."""
 
     dtype: Dtype
     send: NDArray
     recv: NDArray
     in_place: bool
+    faces: tuple[Any, Any]  # send and recv as arrays of the dtype
 
 
 class Collective(ABC):

@@ -86,10 +86,12 @@ def can_write(path: Path) -> bool:
     return os.access(path.absolute().parent, os.W_OK) and not os.path.isdir(path) and len(os.fsencode(path.name)) < 256
 
 
-def communicator(topology: str | None, timeout: float | None, group: object = None) -> tasp_coll.Communicator:
+def communicator(
+    topology: str | None, timeout: float | None, group: object = None, gpu_transport: str | None = None
+) -> tasp_coll.Communicator:
     """The communicator; Unsupported for what all ranks found wrong with it."""
     try:
-        return tasp_coll.Communicator(group, topology=topology, timeout=timeout)
+        return tasp_coll.Communicator(group, topology=topology, timeout=timeout, gpu_transport=gpu_transport)
     except tasp_coll.PeerTimeoutError:
         raise
     except tasp_coll.CollectiveError as error:  # raised on all ranks

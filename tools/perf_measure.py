@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import perf_data
 from perf_algorithms import Algorithm, Ran
 from perf_collective import Collective, Extent, Place
 from perf_data import Dtype, NDArray, Pattern
+from perf_memory import Memory
 from perf_options import Options
 from perf_report import Timing
 
@@ -40,13 +40,14 @@ class Bench:
     options: Options
     dtype: Dtype
     extents: Sequence[Extent]
+    memory: Memory
     progress: Callable[[], object] = lambda: None  # called after every round of the algorithms
     _send: NDArray = field(init=False, repr=False)
     _recv: NDArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._send = np.zeros(max(extent.sent for extent in self.extents), self.dtype.bits)
-        self._recv = np.zeros(max(extent.received for extent in self.extents), self.dtype.bits)
+        self._send = self.memory.zeros(max(extent.sent for extent in self.extents), self.dtype.bits)
+        self._recv = self.memory.zeros(max(extent.received for extent in self.extents), self.dtype.bits)
 
     def rounds(self) -> int:
         """How often `progress` will be called, at most."""
@@ -57,13 +58,15 @@ class Bench:
         send, recv = self._send[: extent.sent], self._recv[: extent.received]
         if in_place:
             send, recv = self.collective.within(send, recv, self.world.rank, extent.count)
-        return Place(self.dtype, send, recv, in_place)
+        faces = self.memory.face(self.dtype, send), self.memory.face(self.dtype, recv)
+        return Place(self.dtype, send, recv, in_place, faces)
 
     def once(self, call: Call) -> None:
         """One call, to its end."""
         work = call()
         if self.options.queued:
             work.wait()
+        self.memory.settle()
 
     def measure(self, number: int, in_place: bool, algorithms: Sequence[Algorithm]) -> dict[int, Trial]:
         """Extent `number`, by position in `algorithms`, less those that cannot work in place."""
@@ -73,43 +76,52 @@ class Bench:
         if in_place and self.collective.reduces:
             place.send.fill(0)  # sums of sums would grow until they overflow
         else:
-            perf_data.fill(place.send, self._sent(number, 0))
+            self.memory.fill(place.send, self._sent(number, 0))
         ran: dict[int, Ran] = {}
         for position, call in calls.items():
             self.once(call)
             ran[position] = algorithms[position].ran()
-        times = self._time(list(calls.values()))
+        times, host = self._time(list(calls.values()))
         trials: dict[int, Trial] = {}
-        for (position, call), seen in zip(calls.items(), times, strict=True):
+        for (position, call), seen, gone in zip(calls.items(), times, host, strict=True):
             wrong = self._check(number, place, call) if self.options.check else None
-            trials[position] = Trial(ran[position], Timing(seen, wrong))
+            trials[position] = Trial(ran[position], Timing(seen, wrong, gone))
         return trials
 
-    def _time(self, calls: Sequence[Call]) -> list[tuple[float, ...]]:
-        """Microseconds of a call: of each of `calls` and iteration, on the slowest rank."""
+    def _time(self, calls: Sequence[Call]) -> list[list[tuple[float, ...]]]:
+        """Microseconds of a call, by call and iteration, on the slowest rank: until it is done, and of the host."""
         from mpi4py import MPI
 
-        seconds = np.empty((len(calls), self.options.iters))
+        runs = [self._repeated(call) for call in calls]
+        seconds = np.empty((2, len(calls), self.options.iters))
         for iteration in range(-self.options.warmup, self.options.iters):
             for position in turns(len(calls), iteration):
                 self.world.Barrier()
-                begun = perf_counter()
-                self._run(calls[position])
-                ended = perf_counter()
+                elapsed = self.memory.timed(runs[position])
                 if iteration >= 0:
-                    seconds[position, iteration] = ended - begun
+                    seconds[:, position, iteration] = elapsed
             self.progress()
         self.world.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
-        return [tuple(row) for row in (seconds * (1e6 / self.options.aggregate)).tolist()]
+        seconds *= 1e6 / (self.options.aggregate * max(self.options.graphs, 1))
+        return [[tuple(row) for row in rows] for rows in seconds.tolist()]
+
+    def _repeated(self, call: Call) -> Callable[[], None]:
+        """One iteration of a call."""
+        if not self.options.graphs:
+            return lambda: self._run(call)
+        self.world.Barrier()
+        return self.memory.repeated(lambda: self._run(call), self.options.graphs)
 
     def _run(self, call: Call) -> None:
-        """One iteration."""
+        """The calls of -m."""
         if self.options.queued:
             for work in [call() for _ in range(self.options.aggregate)]:
                 work.wait()
-        else:
-            for _ in range(self.options.aggregate):
-                call()
+            return
+        for _ in range(self.options.aggregate):
+            call()
+            if self.options.blocking:
+                self.memory.settle()
 
     def _check(self, number: int, place: Place, call: Call) -> int:
         """Wrong elements of one more call, over all ranks. Other data than before: what is left of that is wrong."""
@@ -118,10 +130,10 @@ class Bench:
         seed = 2 if place.in_place else 1
         pattern, extent, rank = self._pattern(number, seed), self.extents[number], self.world.rank
         expected = self.collective.received(pattern, extent, rank)
-        perf_data.spoil(place.recv, expected)
-        perf_data.fill(place.send, self._sent(number, seed))  # last: in place, it lies in recv or recv in it
+        self.memory.spoil(place.recv, expected)
+        self.memory.fill(place.send, self._sent(number, seed))  # last: in place, it lies in recv or recv in it
         self.once(call)
-        return self.world.allreduce(perf_data.count_wrong(place.recv, expected), MPI.SUM)
+        return self.world.allreduce(self.memory.count_wrong(place.recv, expected), MPI.SUM)
 
     def _pattern(self, number: int, seed: int) -> Pattern:
         return Pattern(self.dtype, self.world.size, 3 * number + seed, self.collective.reduces)

@@ -47,11 +47,15 @@ class Options:
     rings: int | None
     topology: str | None
     timeout: float | None
+    device: str
+    arrays: str
+    gpu_transport: str | None
+    graphs: int  # replays in an iteration; 0: calls are made, not replayed
 
     @property
     def queued(self) -> bool:
-        """Whether the calls of one iteration are started together and waited for at its end."""
-        return self.aggregate > 1 and not self.blocking
+        """Whether the calls of one iteration are started together and waited for at its end. GPUs have streams."""
+        return self.aggregate > 1 and not self.blocking and self.device == "cpu"
 
     def sizes(self) -> list[int]:
         """From `minbytes` up to `maxbytes`."""
@@ -69,8 +73,10 @@ def parse(tool: str, about: str | None, argv: Sequence[str] | None, *, quiet: bo
         parser.error(f"-b must be at most -e, got {given.minbytes} > {given.maxbytes} bytes")
     algorithms = given.algo or DEFAULT
     queueless = [name for name in algorithms if name in PEERS]
-    if given.agg_iters > 1 and not given.blocking and queueless:
+    if given.agg_iters > 1 and not given.blocking and queueless and given.device == "cpu":
         parser.error(f"-m {given.agg_iters} queues its calls, and {queueless[0]} blocks in each: add -z 1")
+    if fault := _device_fault(given, algorithms):
+        parser.error(fault)
     if given.rings is not None and "rings" not in algorithms:
         parser.error(f"--rings applies to algorithm 'rings', which is not in --algo {','.join(algorithms)}")
     return Options(
@@ -93,7 +99,27 @@ def parse(tool: str, about: str | None, argv: Sequence[str] | None, *, quiet: bo
         rings=given.rings,
         topology=given.topology,
         timeout=given.timeout,
+        device=given.device,
+        arrays=given.arrays,
+        gpu_transport=given.gpu_transport,
+        graphs=given.cudagraph,
     )
+
+
+def _device_fault(given: argparse.Namespace, algorithms: Sequence[str]) -> str:
+    """What does not go together with the kind of memory."""
+    if given.device == "cpu":
+        asked = {"--gpu-transport": given.gpu_transport, "-G": given.cudagraph}
+        wrong = [flag for flag, value in asked.items() if value]
+        return f"{wrong[0]} is for --device cuda" if wrong else ""
+    hosts = [name for name in algorithms if name in PEERS]
+    if hosts:
+        return f"--algo {hosts[0]} is for --device cpu: on GPUs `native` is the library's own"
+    if given.cudagraph and given.blocking:
+        return "-G replays calls that nobody waits for in between: leave out -z 1"
+    if given.datatype == "bfloat16" and given.arrays != "torch":
+        return "-d bfloat16: CuPy has no such arrays: add --arrays torch"
+    return ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,6 +146,7 @@ def _parser(tool: str, about: str | None, quiet: bool) -> Parser:
     _add_sizes(parser.add_argument_group("what is sent"))
     _add_algorithms(parser.add_argument_group("what is compared"))
     _add_measuring(parser.add_argument_group("how it is measured"))
+    _add_device(parser.add_argument_group("memory of GPUs"))
     _add_output(parser.add_argument_group("output"))
     return parser
 
@@ -164,7 +191,8 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
         type=int,
         choices=(0, 1),
         default=0,
-        help="of the calls of -m: 0 starts all, then waits (default); 1 waits for each. With -m 1 they are the same",
+        help="of the calls of -m: 0 starts all, then waits (default); 1 waits for each. With -m 1 they are the same, "
+        "but that on GPUs the host's wait is then part of the time",
     )
     group.add_argument(
         "--out-of-place", action="store_true", help="leave out the calls in place: half the time, on slow links"
@@ -178,6 +206,30 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="seconds without an answer from other ranks that end the job (default: TASP_COLL_TIMEOUT, else 600); "
         "mpi4py's own calls have none",
+    )
+
+
+def _add_device(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: arrays on GPUs, which the ranks of a host take in turn; time is then that of CUDA events around "
+        "the calls of an iteration (default cpu)",
+    )
+    group.add_argument("--arrays", choices=("cupy", "torch"), default="cupy", help="whose arrays (default cupy)")
+    group.add_argument(
+        "--gpu-transport",
+        choices=("auto", "nccl", "ipc"),
+        help="what carries them (default: TASP_COLL_GPU_TRANSPORT, else auto)",
+    )
+    group.add_argument(
+        *("-G", "--cudagraph"),
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="capture the calls of -m as a CUDA graph, and launch it N times in an iteration (default 0: make the "
+        "calls; tasp_coll repeats those it knows as graphs of its own, unless TASP_COLL_CUDA_GRAPHS=0)",
     )
 
 
@@ -239,6 +291,7 @@ algorithms
   healing  the same on a Communicator(self_heal=True): what it costs that calls outlive a dead link
   mpi4py   the MPI library's own collective, called through mpi4py alone: the bare blocking call
   gloo     torch.distributed on its gloo back end, between the same ranks
+  On GPUs `native` is NCCL's own; with CUDA IPC there is none.
   All run in one process, iteration by iteration in rotating order, so that what disturbs the machine disturbs all of
   them alike. Naming one twice ("native,native") shows how much of a difference is noise.
 
@@ -254,6 +307,8 @@ definitions, those of nccl-tests
   p99      time that 99 % of the iterations do not exceed; variation: standard deviation over mean, in %
   in place: the input lies in the result (the result in the input, for reduce-scatter), at this rank's own part.
   One call before those of -w is never timed: it plans and connects.
+  On GPUs: host    microseconds until a call has come back, on the slowest rank: what it costs to give it to a stream
+  %copy    bytes that the ranks of a GPU receive in a second, over those that it copies within its own memory
 
 exit status
   0 all is well; 1 an element is wrong, or a call failed; 2 the command line or what it asks for is not possible here

@@ -17,10 +17,12 @@ from tasp_coll.files import writing
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call of each iteration, on its slowest rank; and wrong elements, None if not checked."""
+    """Microseconds per call of each iteration, on its slowest rank; wrong elements, None if not checked; and how many
+    microseconds of it the host was held."""
 
     times_us: tuple[float, ...]
     wrong: int | None
+    host_us: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -57,6 +59,7 @@ class Result:
     ratio: float
     bound: float | None  # busbw
     predicted_us: float | None
+    copied: float | None = None  # on GPUs: bytes that all ranks of a GPU receive, over those it copies in the same time
 
     def algbw(self, timing: Timing) -> float:
         """GB/s."""
@@ -80,6 +83,7 @@ class Result:
 
     def record(self) -> dict[str, Any]:
         """For programs."""
+        on_gpu = {} if self.copied is None else {"host_us": median(self.out.host_us), "copy_share": self.copied}
         return {
             "size_bytes": self.extent.size_bytes,
             "count": self.extent.count,
@@ -94,6 +98,7 @@ class Result:
             "wrong": self.wrong,
             "bound_GBps": self.bound,
             "predicted_us": self.predicted_us,
+            **on_gpu,
         }
 
 
@@ -104,6 +109,7 @@ class Table:
     redop: str
     statistics: bool
     bounded: bool
+    on_gpu: bool = False
 
     def head(self) -> list[str]:
         """Titles and units."""
@@ -112,6 +118,7 @@ class Table:
             times += [("min", "(us)", 8), ("max", "(us)", 8), ("p99", "(us)", 8), ("vari.", "(%)", 6)]
         left = [("size", "(B)", 10), ("count", "(elements)", 10), ("type", "", 8), ("redop", "", 5), ("root", "", 4)]
         right = [("ratio", "", 6), *([("model", "(us)", 8), ("%bound", "", 6)] if self.bounded else [])]
+        right += [("host", "(us)", 8), ("%copy", "", 6)] if self.on_gpu else []
         columns = [*left, ("algorithm", "", -11), *times, *times, *right]
         span = sum(abs(width) + 1 for _, _, width in times)
         before = sum(abs(width) + 1 for _, _, width in columns[:6])
@@ -129,9 +136,14 @@ class Table:
         if self.bounded:
             right.append("-" if result.predicted_us is None else figure(result.predicted_us, 8))
             right.append(_percent(result.busbw(result.out), result.bound))
+        if self.on_gpu:
+            right += [figure(median(result.out.host_us), 8), _percent(result.copied or 0.0, 1.0)]
         out, within = self._times(result, result.out), self._times(result, result.within)
-        widths = [10, 10, 8, 5, 4, -11, *self._widths(), *self._widths(), *([6, 8, 6][: len(right)])]
+        widths = [10, 10, 8, 5, 4, -11, *self._widths(), *self._widths(), *self._right_widths()]
         return " " + line([*left, result.label, *out, *within, *right], widths)
+
+    def _right_widths(self) -> list[int]:
+        return [6, *([8, 6] if self.bounded else []), *([8, 6] if self.on_gpu else [])]
 
     def _widths(self) -> list[int]:
         return [8, 6, 6, 6, *([8, 8, 8, 6] if self.statistics else [])]

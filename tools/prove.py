@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 
@@ -47,7 +49,10 @@ class Tally:
 
 def prove(options: Options, tally: Tally) -> None:
     """All cases."""
+    begun = time.monotonic()
     for number in _bar(range(options.first, options.first + options.cases)):
+        if options.seconds is not None and time.monotonic() - begun > options.seconds:
+            break
         rng = Random(f"{options.seed}/{number}")
         again = f"python tools/prove.py --seed {options.seed} --first {number} --cases 1 --ranks {options.ranks}"
         case = case_of(rng, options.ranks)
@@ -140,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status. Wrong usage leaves by SystemExit(2)."""
     options = prove_options.parse(argv, __doc__)
     tally = Tally()
-    prove(options, tally)
+    with suppress(KeyboardInterrupt):  # tells what was seen
+        prove(options, tally)
     report(tally)
     if options.json is not None:
         head = {"tool": TOOL, "version": tasp_coll.__version__, "seed": options.seed}

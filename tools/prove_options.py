@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf_options import integer
+from perf_options import integer, seconds_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Options:
     ranks: int
     seed: int
     first: int
+    seconds: float | None
     json: Path | None
 
 
@@ -37,6 +38,7 @@ def parse(argv: Sequence[str] | None, about: str | None = None) -> Options:
     add("--ranks", type=_ranks, default=9, metavar="N", help="at most, 2 to 64 (default 9)")
     add("--seed", type=integer(0), default=0, metavar="N", help="other seeds, other cases (default 0)")
     add("--first", type=integer(0), default=0, metavar="N", help="number of the first case (default 0)")
+    add("--seconds", type=seconds_of, metavar="S", help="end after so long, whatever is left")
     add("-J", "--json", type=Path, metavar="PATH", help="write counts and disagreements")
     return Options(**vars(parser.parse_args(argv)))
 

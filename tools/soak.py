@@ -27,6 +27,7 @@ TOOL = "soak"
 _ERA = 200  # calls between two sets of communicators
 _LOOKS = 50  # calls between looks at the clock
 _SAMPLES = 400
+_LINE_SECONDS = 60.0  # between signs of life where there is no bar
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class _Report:
 
     def __init__(self, world: MPI.Intracomm, options: Options) -> None:
         self._world, self._options, self._bar = world, options, _bar(world, options)
+        self._next = _LINE_SECONDS
 
     def begin(self, with_torch: bool) -> None:
         """Before the first call."""
@@ -186,6 +188,9 @@ class _Report:
         if self._bar is not None:
             done = calls if self._options.calls else min(seconds, self._bar.total)
             self._bar.update(done - self._bar.n)
+        elif seconds > self._next:
+            self._say(f"# {calls} calls in {seconds:.0f} s")
+            self._next = seconds + _LINE_SECONDS
 
     def end(self, samples: Sequence[Sequence[Sample]], faults: int) -> int:
         """Tables and files; the exit status."""

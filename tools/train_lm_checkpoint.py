@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +64,16 @@ def save(directory: Path, model: Any, optimizer: Any, step: int) -> None:
     """Write the checkpoint beside its place, then move the files there, that which vouches for the others last."""
     from safetensors.torch import save_file
 
-    partial = directory.with_name(f".{directory.name[:64]}.{os.getpid()}.partial")
-    model.save_pretrained(partial, max_shard_size="1TB")
     names = [name for name, _ in model.named_parameters()]
     remembered = optimizer.state_dict()["state"]
     tensors = {f"{name}:{key}": remembered[i][key].contiguous() for i, name in enumerate(names) for key in MOMENTS}
-    about = {"step": str(step), "model": _digest(partial / MODEL)}
-    directory.mkdir(exist_ok=True)
-    for file in partial.iterdir():
-        with writing(directory / file.name) as place:
-            os.replace(file, place)
-    partial.rmdir()
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory.absolute().parent) as partial:
+        model.save_pretrained(partial, max_shard_size="1TB")
+        about = {"step": str(step), "model": _digest(Path(partial, MODEL))}
+        directory.mkdir(exist_ok=True)
+        for file in Path(partial).iterdir():
+            with writing(directory / file.name) as place:
+                os.replace(file, place)
     with writing(directory / TRAINING) as place:
         save_file(tensors, place, metadata=about)
 

@@ -77,7 +77,10 @@ class TorchTransport:
     def begin(self, op: Op, memory: torch.Tensor, batch: _TorchBatch, index: int) -> None:
         """Start a message; the batch hears of its end."""
         start = self._gloo.send if op.send else self._gloo.recv
-        work = start([memory], op.peer, op.lane)
+        try:
+            work = start([memory], op.peer, op.lane)
+        except RuntimeError as error:
+            raise _lost(op.peer, error) from error
         lane = (op.send, op.peer, op.lane)
         queue = self._waiters.get(lane)
         if queue is None:
@@ -179,8 +182,7 @@ class _TorchBatch:
         while self._ended:
             index, error = self._ended.popleft()
             if error is not None:
-                peer = self._ops[index].peer
-                raise CollectiveError(f"the connection to rank {peer} failed, has it ended? ({error})") from error
+                raise _lost(self._ops[index].peer, error) from error
             done.append(index)
         self._open.difference_update(done)
         return done
@@ -194,6 +196,10 @@ class _TorchBatch:
 
     def free(self) -> None:
         self._memory = []
+
+
+def _lost(peer: int, error: Exception) -> CollectiveError:
+    return CollectiveError(f"the connection to rank {peer} failed, has it ended? ({error})")
 
 
 class _TorchCall:
