@@ -31,6 +31,7 @@ _LOOK_S = 0.005
 _PATIENCE_S = 60.0  # with ranks that say nothing, beyond what their call may take
 _CLEAR_S = 5.0  # for the processes of a job that has ended
 _MOST_SAID = 3000
+_RULE = "\n====="  # above mpiexec's own account of a job that failed
 _ATTENTION_S = 0.5  # the longest call: dense attention on all tokens is what it is held to
 Link = tuple[int, int]
 
@@ -74,7 +75,7 @@ class Stage:
                 hung = True
             self._mend(broken)
             diaries.read()
-            said = (folder / "said").read_text(encoding="utf-8", errors="replace").strip()[:_MOST_SAID]
+            said = (folder / "said").read_text(encoding="utf-8", errors="replace").split(_RULE)[0].strip()[-_MOST_SAID:]
             left = _left(name)
         status = vcluster_job.exit_status(running.wait())
         told = None if case.everywhere else link

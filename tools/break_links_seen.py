@@ -138,9 +138,8 @@ class Seen:
 
     @property
     def last_words(self) -> str:
-        """The last line that the ranks themselves have said: mpiexec's account comes below a rule."""
-        lines = self.said.split("\n=====")[0].strip().splitlines() or self.said.splitlines()
-        return lines[-1] if lines else "it said nothing"
+        """The last line that the ranks have said."""
+        return self.said.splitlines()[-1] if self.said else "it said nothing"
 
     @property
     def where(self) -> str:
