@@ -17,7 +17,8 @@ of every result, and that what was sent is unchanged. At a random moment of a ca
                      leaves no process
   cut, --no-heal     the call raises PeerTimeoutError within --timeout + 2 s on every rank, naming the link
 
-Exit status: 0 if every promise was kept, 1 if not, 2 for wrong usage, 125 if the cluster could not be built.
+A run that a signal ends still tells what it has seen. Exit status: 0 if every promise was kept, 1 if not, 2 for wrong
+usage, 125 if the cluster could not be built, 128 + the signal's number.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from break_links_cases import cases
 from break_links_options import parse
 from break_links_report import Result, draw, heading
 from break_links_run import Stage, cuttable, staged
+from break_links_seen import Seen
 from perf_report import write_json
 from tasp_coll import ArgumentError, TopologyError
 from vcluster_job import Stopped
@@ -50,15 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status."""
     asked = parse(TOOL, __doc__, argv)
     found: list[Result] = []
+    status = 0
     try:
-        found.extend(results(asked))
+        play(asked, found)
     except Stopped as stopped:
-        return stopped.status
+        status = stopped.status
     except (ArgumentError, TopologyError, MissingError, RoomError, OSError) as error:
-        if ended := vcluster_job.stopped_by(error):
-            return ended.status
-        print(f"{TOOL}.py: error: {error}", file=sys.stderr)
-        return FAILED
+        ended = vcluster_job.stopped_by(error)
+        status = ended.status if ended else FAILED
+        if not ended:
+            print(f"{TOOL}.py: error: {error}", file=sys.stderr)
+    if not found:
+        return status
     kept, jobs = sum(each.kept for each in found), sum(len(each.seen) for each in found)
     print(f"# promises were kept in {kept} of {jobs} jobs")
     if asked.json:
@@ -66,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(asked.json, {**told, "self_heal": asked.heal, "seed": asked.seed}, found)
     if asked.plot:
         draw(asked.plot, f"{asked.topology}, {asked.link_mbit:g} Mbit/s, timeout {asked.timeout:g} s", found)
-    return 0 if kept == jobs else 1
+    return status or int(kept < jobs)
 
 
-def results(asked: argparse.Namespace) -> Iterator[Result]:
-    """Play all that is asked for, and print it."""
+def play(asked: argparse.Namespace, found: list[Result]) -> None:
+    """Play all that is asked for, and print it; `found` has what there is when it is cut short, too."""
     launcher = vcluster_job.mpiexec()
     todo = list(cases(asked.scenario, asked.rounds, asked.timeout))
     with staged(asked.topology, asked.link_mbit) as (cluster, room, topology):
@@ -80,13 +85,15 @@ def results(asked: argparse.Namespace) -> Iterator[Result]:
             for workload in asked.workload:
                 stage = Stage(cluster, room, topology, launcher, workload, asked.timeout, asked.heal, asked.seed)
                 for case in todo:
-                    seen = []
-                    for job in range(case.jobs):
-                        seen.append(stage.play(case, job))
-                        progress.update()
-                    result = Result(workload, case, tuple(seen))
-                    print(result, flush=True)
-                    yield result
+                    seen: list[Seen] = []
+                    try:
+                        for job in range(case.jobs):
+                            seen.append(stage.play(case, job))
+                            progress.update()
+                    finally:
+                        if seen:
+                            found.append(Result(workload, case, tuple(seen)))
+                            print(found[-1], flush=True)
 
 
 @contextmanager

@@ -30,7 +30,8 @@ _WORKER = Path(__file__).with_name("break_links_worker.py")
 _LOOK_S = 0.005
 _PATIENCE_S = 60.0  # with ranks that say nothing, beyond what their call may take
 _CLEAR_S = 5.0  # for the processes of a job that has ended
-_LAST_WORDS = 300
+_MOST_SAID = 3000
+_RULE = "\n====="  # above mpiexec's own account of a job that failed
 _ATTENTION_S = 0.5  # the longest call: dense attention on all tokens is what it is held to
 Link = tuple[int, int]
 
@@ -74,7 +75,7 @@ class Stage:
                 hung = True
             self._mend(broken)
             diaries.read()
-            said = (folder / "said").read_text(encoding="utf-8", errors="replace").strip()[-_LAST_WORDS:]
+            said = (folder / "said").read_text(encoding="utf-8", errors="replace").split(_RULE)[0].strip()[-_MOST_SAID:]
             left = _left(name)
         status = vcluster_job.exit_status(running.wait())
         told = None if case.everywhere else link

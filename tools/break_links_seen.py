@@ -69,7 +69,7 @@ class Seen:
     left: int
     calls: tuple[Call, ...]
     failures: tuple[Failure, ...]
-    said: str  # by the job: its last words
+    said: str  # by the job, to its terminal
 
     @cached_property
     def seconds(self) -> dict[int, float]:
@@ -137,6 +137,11 @@ class Seen:
         return self.fault[0] - max(began) if self.fault and began else None
 
     @property
+    def last_words(self) -> str:
+        """The last line that the ranks have said."""
+        return self.said.splitlines()[-1] if self.said else "it said nothing"
+
+    @property
     def where(self) -> str:
         """What was broken, and when."""
         link = "all links" if self.link is None else f"link {self.link[0]}-{self.link[1]}"
@@ -156,6 +161,7 @@ class Seen:
             "seconds": self.seconds,
             "topology": self.calls[-1].topology if self.calls else None,
             "warnings": sorted({told for each in self.calls for told in each.warnings}),
+            "said": self.said,
             "failures": [asdict(each) for each in self.failures],
             "broken": self.broken,
         }
@@ -175,8 +181,11 @@ def _broken(seen: Seen) -> Iterator[str]:
             yield f"call {number}: ranks disagree about what is left: {', '.join(sorted(plans))}"
     if seen.left:
         yield f"{seen.left} processes are left"
+    if not seen.raises or seen.fault is None:
+        for raised in seen.failures:
+            yield f"call {raised.call}: rank {raised.rank} raised {raised.kind}: {raised.told}"
     if seen.fault is None:
-        yield f"the job ended before its link was broken, with status {seen.status}: {seen.said}"
+        yield f"the job ended before its link was broken, with status {seen.status}: {seen.last_words}"
     elif seen.raises:
         yield from _error_broken(seen, seen.fault[1])
     else:
@@ -185,12 +194,10 @@ def _broken(seen: Seen) -> Iterator[str]:
 
 def _healing_broken(seen: Seen) -> Iterator[str]:
     case = seen.case
-    for each in seen.failures:
-        yield f"call {each.call}: rank {each.rank} raised {each.kind}: {each.told}"
     if len(seen.calls) < seen.due * seen.ranks:
         yield f"{len(seen.calls)} of {seen.due * seen.ranks} results"
     if seen.status:
-        yield f"the job ended with status {seen.status}: {seen.said}"
+        yield f"the job ended with status {seen.status}: {seen.last_words}"
     if case.scenario in ("cut", "cut_and_restored") and seen.intact_s is not None:
         allowed = seen.intact_s + seen.timeout + GRACE_S
         for number, seconds in seen.seconds.items():
