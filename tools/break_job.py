@@ -29,7 +29,7 @@ _WORKER = Path(__file__).with_name("break_worker.py")
 _START_SECONDS = 120.0
 _MARGIN_SECONDS = 2.0  # beyond the timeout
 _AT_ONCE_SECONDS = 10.0  # for a launcher that ends the job, on a busy machine
-_STUBBORN_SECONDS = 45.0  # torchrun gives a stopped rank 30 s before it kills it
+_STUBBORN_SECONDS = 120.0  # torchrun gives a stopped rank 30 s before it kills it
 _GONE_SECONDS = 5.0
 
 
@@ -184,7 +184,7 @@ def _broken(job: _Job) -> Outcome:
         ended,
         job.status(),
         str(told.get("message", "")),
-        _fault(job, errors, ended) or stays,
+        stays or _fault(job, errors, ended),
     )
 
 
