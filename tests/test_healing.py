@@ -122,7 +122,7 @@ def test_links_die_one_after_another_as_long_as_a_way_is_left() -> None:
             gather(comm)
         return comm.topology.name
 
-    assert ranks(4, body) == ["full_mesh:4 without 0-1 without 2-3 without 0-2"] * 4
+    assert ranks(4, body, timeout=3) == ["full_mesh:4 without 0-1 without 2-3 without 0-2"] * 4
 
 
 def test_two_links_die_at_once() -> None:

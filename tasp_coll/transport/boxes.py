@@ -64,6 +64,7 @@ class Outbox:
         self._launch, self._relay, self._spare, self._doubts, self._rates = launch, relay, spare, doubts, rates
         self._sent: dict[tuple[int, int], int] = defaultdict(int)
         self._kept: dict[tuple[int, int], deque[_Sent]] = defaultdict(deque)
+        self.moved = 0.0  # when the last message was acknowledged
 
     @property
     def empty(self) -> bool:
@@ -92,7 +93,7 @@ class Outbox:
         kept = self._kept[peer, lane]
         while kept and kept[0].seq < came:
             sent = kept.popleft()
-            sent.acknowledged = True
+            sent.acknowledged, self.moved = True, time.monotonic()
             self._doubts.settle(peer)
             if not sent.flying:
                 self._spare.give(sent.memory)
@@ -147,6 +148,7 @@ class Inbox:
         self._expected: dict[tuple[int, int], deque[Expected]] = defaultdict(deque)
         self._came: dict[tuple[int, int], int] = defaultdict(int)
         self._early: dict[tuple[int, int, int], _Early] = {}
+        self.moved = 0.0  # when the last message came
 
     def came(self, peer: int, lane: int) -> int:
         """How many messages of a lane have come, one after another."""
@@ -214,7 +216,7 @@ class Inbox:
     def _complete(self, expected: Expected, nbytes: int) -> None:
         """All of a message has come."""
         key = expected.op.peer, expected.op.lane
-        expected.done = True
+        expected.done, self.moved = True, time.monotonic()
         self._doubts.settle(key[0])
         expected.end()
         waiting = self._expected[key]

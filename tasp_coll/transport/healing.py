@@ -30,6 +30,7 @@ _ACK_SECONDS = 5e-3  # acknowledgements of small messages may be put together
 _NAP_SECONDS, _LONGEST_NAP_SECONDS = 2e-3, 1e-2
 _CLOSE_SECONDS = 5.0
 _SAID_WHO = -1
+_MOVING, _OF_LATE = b"moving", 0.3  # of the timeout
 
 
 class HealingTransport:
@@ -164,11 +165,14 @@ class HealingTransport:
         kind, source, now = frame.kind, frame.source, time.monotonic()
         self._doubts.hear(peer, now)
         if kind == Kind.PING:
-            self._relay.send(Kind.PONG, source)
+            self._relay.send(Kind.PONG, source, self._doing(now))
         elif kind == Kind.PING_AROUND:
-            self._relay.send_around(Kind.PONG_AROUND, source)
-        elif kind == Kind.PONG_AROUND:
-            self._doubts.hear_around(source, now)
+            self._relay.send_around(Kind.PONG_AROUND, source, self._doing(now))
+        elif kind in (Kind.PONG, Kind.PONG_AROUND):
+            if kind == Kind.PONG_AROUND:
+                self._doubts.hear_around(source, now)
+            if frame.body == _MOVING:  # whoever waits for it waits for what it does
+                self.last_event = now
         elif kind == Kind.ACK:
             ack = Ack.unpacked(frame.body)
             self._rates.noted(source, ack.notes)
@@ -182,6 +186,11 @@ class HealingTransport:
         elif kind == Kind.ALARM:
             told = [rank for rank, _ in unpack_pairs(frame.body)]
             self._alarms[source] = frozenset(told[1:]) if told else None
+
+    def _doing(self, now: float) -> bytes:
+        """What to answer: whether anything of this rank's moved of late."""
+        moved = max(self._outbox.moved, self._inbox.moved)
+        return _MOVING if now - moved < _OF_LATE * self._timeout else b""
 
     def _look(self, now: float) -> None:
         """Ask peers that are silent on their link though something is to come or to go; give up links."""

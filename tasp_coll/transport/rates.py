@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SAMPLE_BYTES = 1 << 16  # of messages that tell something
+SAMPLE_BYTES = 1 << 14  # of messages that tell something
 _WINDOW = 8  # messages to a peer that count
 _TOGETHER = 0.2  # of the time between two arrivals may lie between their starts
 

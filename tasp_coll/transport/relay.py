@@ -48,9 +48,9 @@ class Relay:
         frame = Frame(kind, self._rank, target, body)
         self._post(frame, lambda: frame)
 
-    def send_around(self, kind: Kind, target: int) -> None:
+    def send_around(self, kind: Kind, target: int, body: bytes = b"") -> None:
         """Send a frame through others, though the link may live."""
-        frame = Frame(kind, self._rank, target)
+        frame = Frame(kind, self._rank, target, body)
         for way in self._find_ways(target, straight=False)[:_WITNESSES]:
             self._queues[way].append(lambda: frame)
             self._pump(way)
