@@ -150,6 +150,7 @@ WRITTEN = {
     "tools/attention_memory.py": {"_RESET"},  # in /proc
     "tools/doctor_report.py": {"path", "partial"},  # which runs where nothing else does
     # In a folder of their own:
+    "tools/break_links_run.py": {"(folder / 'task')"},
     "tools/fuzz_checkpoint.py": {"(place / name)"},
     "tools/fuzz_parsers.py": {"path", "entry"},
 }
@@ -157,6 +158,9 @@ OPENED = {
     "tasp_coll/files.py",
     "tasp_coll/topology_file.py",  # what `writing` gave
     "tasp_coll/transport/mpi.py",  # /dev/null
+    "tools/break_job.py",  # these in temporary directories
+    "tools/break_links_run.py",
+    "tools/break_peers_job.py",
     "tools/doctor_probes.py",  # its own output
     "tools/doctor_run.py",  # in a temporary directory
 }

@@ -143,7 +143,7 @@ class _Single:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it, and leave with status 2 for what is not possible here."""
-    given = _parser().parse_args(argv)
+    given = parser().parse_args(argv)
     if given.device == "cuda" and not torch.cuda.is_available():
         print(f"{TOOL}: --device cuda: this torch sees no GPU", file=sys.stderr)
         sys.exit(2)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(given.json, {"tool": TOOL, "version": tasp_coll.__version__, "device": name}, results)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"{TOOL}.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     lengths = [8192, 32768]

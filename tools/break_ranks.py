@@ -23,7 +23,7 @@ _RIGHT = f"{'raised s':>8} {'over s':>7} {'wrong':>5}"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status. argv: None for the process's own."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     cases = [case for launcher in options.launcher for how in options.how for case in _cases(options, launcher, how)]
     outcomes: list[Outcome] = []
     about = f"{options.ranks} ranks, timeout {options.timeout:g} s"
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(len(outcomes) < len(cases) or any(outcome.fault for outcome in outcomes))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{TOOL}.py",
         description=__doc__,

@@ -14,17 +14,23 @@ from unittest.mock import patch
 
 import attention_curve
 import attention_options
+import attention_steps_perf
+import break_links_options
+import break_peers
+import break_ranks
 import discover_topology
 import doctor
 import fuzz_grammar
 import fuzz_mutate
 import fuzz_options
+import gpu_report
 import model_check
 import paper_tables
 import perf_options
 import prove_options
 import show_plan
 import simulate_options
+import soak
 import train_lm_options
 import train_step_perf
 import vcluster_options
@@ -36,15 +42,21 @@ TOOLS: dict[str, Parse] = {
     "all_reduce_perf": lambda argv: perf_options.parse("all_reduce_perf", None, argv, quiet=False),
     "attention_curve": lambda argv: attention_curve.parser().parse_args(argv),
     "attention_perf": lambda argv: attention_options.parse(None, argv, quiet=False),
+    "attention_steps_perf": lambda argv: attention_steps_perf.parser().parse_args(argv),
+    "break_links": lambda argv: break_links_options.parse("break_links", None, argv),
+    "break_peers": lambda argv: break_peers.parser().parse_args(argv),
+    "break_ranks": lambda argv: break_ranks.parser().parse_args(argv),
     "discover_topology": lambda argv: discover_topology.parser().parse_args(argv),
     "doctor": lambda argv: doctor.parser().parse_args(argv),
     "fuzz": fuzz_options.parse,
+    "gpu_report": lambda argv: gpu_report.parser().parse_args(argv),
     "model_check": lambda argv: model_check.parser().parse_args(argv),
     "paper_tables": lambda argv: paper_tables.parser().parse_args(argv),
     "prove": prove_options.parse,
     "reduce_scatter_perf": lambda argv: perf_options.parse("reduce_scatter_perf", None, argv, quiet=False),
     "show_plan": lambda argv: show_plan.parser().parse_args(argv),
     "simulate": lambda argv: simulate_options.parse(None, argv),
+    "soak": lambda argv: soak.parse(argv, quiet=False),
     "train_lm": lambda argv: train_lm_options.parse(None, argv, quiet=False),
     "train_step_perf": lambda argv: train_step_perf.parse(argv, quiet=False),
     "virtual_cluster": vcluster_options.parse,

@@ -36,7 +36,7 @@ print(json.dumps({"gpus": count, "name": name, "cupy": cupy.__version__, "driver
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Leave with status 0 if all steps were well, 1 if not, 2 if there is no GPU."""
-    given = _parser().parse_args(argv)
+    given = parser().parse_args(argv)
     machine = _machine()
     if isinstance(machine, str):
         print(f"gpu_report: no GPU that CuPy can use: {machine}", file=sys.stderr)
@@ -85,7 +85,7 @@ def _write(path: Path | None, report: dict[str, Any]) -> None:
         os.replace(partial, path)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpu_report.py",
         description=__doc__,
