@@ -394,7 +394,7 @@ def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, 
         transport.close()
         raise
     if healing is not None:
-        core.healer = Healer(healing, core.rounds, core.topology, core.adopt)
+        core.healer = Healer(healing, core.rounds, core.topology, core.adopt, lambda: bool(core.streams))
     return core
 
 

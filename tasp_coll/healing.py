@@ -34,11 +34,17 @@ class Healer:
     """The agreement that closes each call, and the topology that comes of it, the same on all ranks."""
 
     def __init__(
-        self, transport: HealingTransport, rounds: Rounds, topology: Topology, adopt: Callable[[Topology], None]
+        self,
+        transport: HealingTransport,
+        rounds: Rounds,
+        topology: Topology,
+        adopt: Callable[[Topology], None],
+        streaming: Callable[[], bool],
     ) -> None:
-        """adopt: is given each new topology."""
+        """adopt: is given each new topology. streaming: whether a stream is open, beside which others may be opened
+        that must have its plan."""
         load()  # in need, all would wait for the slowest to do so
-        self._transport, self._rounds, self._adopt = transport, rounds, adopt
+        self._transport, self._rounds, self._adopt, self._streaming = transport, rounds, adopt, streaming
         self._whole = self._now = topology
         self._dead: list[Pair] = []
         self._rates: dict[Arc, float] = {}
@@ -47,13 +53,15 @@ class Healer:
     def settle(self) -> Generator[bool, None, None]:
         """Tell each other what was seen since the last time."""
         samples = self._transport.take_samples()
-        told = _told(sorted(self._transport.dead), samples, self._rounds.capacity)
+        told = _told(self._streaming(), sorted(self._transport.dead), samples, self._rounds.capacity)
         texts = yield from exchange_texts(self._rounds, told)
         seen = [json.loads(text) for text in texts]
         dead = {(a, b) for each in seen for a, b in each["dead"]}
         self._transport.avoid(dead)
         for rank, each in enumerate(seen):
             self._samples |= {(rank, sample[0]): Sample(*sample) for sample in each["rates"]}
+        if any(each["streaming"] for each in seen):  # what is dead is avoided, and planned without later
+            return
         fresh = self._exclude(sorted(dead)) + self._reweight()
         if fresh:
             self._samples.clear()
@@ -136,9 +144,9 @@ def _linked(topology: Topology, a: int, b: int) -> bool:
     return topology.link(a, b) is not None or topology.link(b, a) is not None
 
 
-def _told(dead: Sequence[Pair], samples: Sequence[Sample], limit: int) -> str:
+def _told(streaming: bool, dead: Sequence[Pair], samples: Sequence[Sample], limit: int) -> str:
     """As text of at most `limit` bytes: of many links the slowest are told."""
     rates = sorted(samples, key=lambda sample: sample.best)
-    while len(text := json.dumps({"dead": dead, "rates": rates})) > limit and rates:
+    while len(text := json.dumps({"streaming": streaming, "dead": dead, "rates": rates})) > limit and rates:
         rates = rates[: len(rates) // 2]
     return text

@@ -137,6 +137,26 @@ def test_two_links_die_at_once() -> None:
     assert ranks(5, body) == ["full_mesh:5 without 0-1 without 2-3"] * 5
 
 
+def test_streams_that_run_side_by_side_keep_their_plan() -> None:
+    """A link that dies between their openings changes no plan before both are closed."""
+
+    def body(comm: Communicator, world: LoopbackWorld) -> str:
+        gathered = comm.allgather_steps(shard(comm.rank), algorithm="rings", reverse=True)
+        next(gathered)
+        if comm.rank == 0:
+            world.cut(0, 1)
+        for _ in range(2):
+            next(gathered)
+        total = np.zeros(ROWS)
+        with comm.reduce_scatter_steps(total, algorithm="rings", accumulate=True) as requests:
+            assert requests.layout == (*gathered.layout[1:], requests.layout[-1])
+        gathered.close()
+        gather(comm)
+        return comm.topology.name
+
+    assert ranks(4, body) == ["full_mesh:4 without 0-1"] * 4
+
+
 def test_a_link_that_is_soon_back_is_kept() -> None:
     def body(comm: Communicator, world: LoopbackWorld) -> str:
         if comm.rank == 0:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_ASK, _GIVE_UP = 0.3, 0.6  # shares of the timeout
+_ASK, _ASK_AGAIN, _GIVE_UP = 0.3, 0.1, 0.6  # shares of the timeout
 _LOOK = 0.02  # of the timeout, between looks
 
 
@@ -20,6 +20,7 @@ class _Doubt:
     """A peer that was asked whether it is there."""
 
     asked: float
+    again: float  # when it was asked last
     around: float | None = None  # when it answered through others
 
 
@@ -72,10 +73,13 @@ class Doubts:
             doubt = self._doubts.get(peer)
             if doubt is None:
                 if self._owed[peer] and now - self._heard[peer] > _ASK * self._timeout:
-                    self._doubts[peer] = _Doubt(now)
+                    self._doubts[peer] = _Doubt(now, now)
                     ask.append(peer)
             elif self._is_dead(doubt, now):
                 dead.append(peer)
+            elif now - doubt.again > _ASK_AGAIN * self._timeout:  # the question may have met another dead link
+                doubt.again = now
+                ask.append(peer)
         return ask, dead
 
     def _is_dead(self, doubt: _Doubt, now: float) -> bool:

@@ -241,13 +241,15 @@ class HealingTransport:
         """For the thread: make progress if nobody else did; how long to sleep, None: it is over."""
         if self._closed:
             return None
-        if time.monotonic() - self._polled > _NAP_SECONDS / 2 and self.lock.acquire(blocking=False):
-            try:
+        if not self.lock.acquire(blocking=False):
+            return _NAP_SECONDS
+        try:
+            if time.monotonic() - self._polled > _NAP_SECONDS / 2:
                 self.progress()
-            finally:
-                self.lock.release()
-        busy = self._due_since or self.dead or self._doubts.any_owed
-        return _NAP_SECONDS if busy else _LONGEST_NAP_SECONDS
+            busy = self._due_since or self.dead or self._doubts.any_owed
+            return _NAP_SECONDS if busy else _LONGEST_NAP_SECONDS
+        finally:
+            self.lock.release()
 
     def _settled(self) -> bool:
         with self.lock:

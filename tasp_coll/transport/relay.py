@@ -35,7 +35,7 @@ class Relay:
         self._queues: dict[int, deque[Callable[[], Frame]]] = defaultdict(deque)
         self._flying: dict[int, int] = defaultdict(int)
         self._turn = count()
-        self._ways: dict[int, list[int]] = {}
+        self._ways: dict[tuple[int, int], list[int]] = {}
 
     def open(self) -> None:
         """Begin to receive."""
@@ -51,7 +51,7 @@ class Relay:
     def send_around(self, kind: Kind, target: int, body: bytes = b"") -> None:
         """Send a frame through others, though the link may live."""
         frame = Frame(kind, self._rank, target, body)
-        for way in self._find_ways(target, straight=False)[:_WITNESSES]:
+        for way in self._find_ways(target, self._rank, straight=False)[:_WITNESSES]:
             self._queues[way].append(lambda: frame)
             self._pump(way)
 
@@ -97,7 +97,8 @@ class Relay:
             self._post(onward, lambda: onward)
 
     def _post(self, frame: Frame, make: Callable[[], Frame]) -> None:
-        ways = [frame.target] if frame.kind in STRAIGHT else self._ways_to(frame.target)
+        # Whoever sends around a link must not get back what it sent, only to send it over that link.
+        ways = [frame.target] if frame.kind in STRAIGHT else self._ways_to(frame.target, frame.source)
         if ways:
             way = ways[next(self._turn) % len(ways)]
             self._queues[way].append(make)
@@ -114,15 +115,15 @@ class Relay:
         self._flying[peer] -= 1
         self._pump(peer)
 
-    def _ways_to(self, target: int) -> list[int]:
+    def _ways_to(self, target: int, without: int) -> list[int]:
         """The ranks to give it to: the target itself if its link lives, else all that are one step closer."""
-        if target not in self._ways:
-            self._ways[target] = self._find_ways(target)
-        return self._ways[target]
+        if (target, without) not in self._ways:
+            self._ways[target, without] = self._find_ways(target, without)
+        return self._ways[target, without]
 
-    def _find_ways(self, target: int, straight: bool = True) -> list[int]:
-        """Breadth first, from the target. straight: its own link will do."""
-        others = set(range(self._size)) - {target}
+    def _find_ways(self, target: int, without: int, straight: bool = True) -> list[int]:
+        """Breadth first, from the target, and not through `without`. straight: its own link will do."""
+        others = set(range(self._size)) - {target, without}
         reached = {target}
         while reached:
             near = self._linked(self._rank, reached)
