@@ -591,8 +591,9 @@ def test_latencies_of_the_topology(mpi: None, tmp_path: Path) -> None:
     if "CONFIG_NET_SCH_NETEM" in ended.stderr:
         pytest.skip(ended.stderr)
     assert ended.returncode == 0, ended.stderr
-    # Five times there and back take 200 ms; the rank that answers is done 20 ms earlier.
-    assert all(float(word) > 0.0355 for word in ended.stdout.split())
+    # Five times there and back take 200 ms; the rank that answers may begin, and be done, 20 ms earlier or later.
+    assert max(map(float, ended.stdout.split())) > 0.04, ended.stdout
+    assert min(map(float, ended.stdout.split())) > 0.03, ended.stdout
 
 
 DATAGRAMS = """
