@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tasp_coll.errors import MismatchError
+from tasp_coll.errors import MismatchError, name_ranks
 from tasp_coll.transport import Batch, Op, Transport
 
 HEADER_BYTES = 64  # one cache line, so that payloads are aligned
@@ -139,7 +139,7 @@ def disagreement(texts: Sequence[str]) -> MismatchError:
     failed = [rank for rank, said in enumerate(passed) if "error" in said]
     if failed:
         told = "; ".join(f"rank {rank}: {passed[rank]['error']}" for rank in failed)
-        return MismatchError(f"{_calls(passed)}: {_ranks(failed)} could not take part: {told}", failed)
+        return MismatchError(f"{_calls(passed)}: {name_ranks(failed)} could not take part: {told}", failed)
     groups: dict[str, list[int]] = {}
     for rank, said in enumerate(passed):
         groups.setdefault(json.dumps(said, sort_keys=True), []).append(rank)
@@ -147,7 +147,7 @@ def disagreement(texts: Sequence[str]) -> MismatchError:
     majority = ordered[0] if len(ordered) == 1 or len(ordered[0]) > len(ordered[1]) else []
     odd = sorted(rank for rank in range(len(texts)) if rank not in majority)
     differing = [key for key in _keys(passed) if len({json.dumps(said.get(key)) for said in passed}) > 1]
-    told = "; ".join(f"{_ranks(ranks)} passed {_said(passed[ranks[0]], differing)}" for ranks in reversed(ordered))
+    told = "; ".join(f"{name_ranks(ranks)} passed {_said(passed[ranks[0]], differing)}" for ranks in reversed(ordered))
     return MismatchError(f"{_calls(passed)}: ranks disagree on {', '.join(differing) or 'the call'}: {told}", odd)
 
 
@@ -165,10 +165,6 @@ def _keys(passed: Sequence[Mapping[str, object]]) -> Iterator[str]:
 
 def _calls(passed: Sequence[Mapping[str, object]]) -> str:
     return " / ".join(dict.fromkeys(str(said.get("call")) for said in passed))
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _said(said: Mapping[str, object], keys: Sequence[str]) -> str:

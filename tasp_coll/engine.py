@@ -23,6 +23,7 @@ from tasp_coll.errors import (
     PeerTimeoutError,
     ScheduleError,
     TopologyError,
+    name_ranks,
 )
 from tasp_coll.transport import Alarms, Transport
 from tasp_coll.work import CHECK_POLLS, Operation, Patience, Watch, Work
@@ -191,7 +192,7 @@ class Engine:
         silent = sorted(ends or missing or peers or everyone)
         at = f"while {operation.phase}" if step is None else f"at step {step}"
         why = f"within {waited:.3g} s" if not told else f"when rank {min(told)} gave up waiting"
-        fault = f"no answer from {_ranks(silent)}" if not links else f"no progress: {_told(links)}"
+        fault = f"no answer from {name_ranks(silent)}" if not links else f"no progress: {_told(links)}"
         return PeerTimeoutError(
             f"{operation.name}: {fault} {why}, {at}", peers=silent, call=operation.name, step=step, links=links
         )
@@ -349,10 +350,6 @@ def _dead_links(alarms: Alarms) -> tuple[tuple[int, int], ...]:
         and a in misses.get(b, {a})
         and any(not {a, b} & {c, *lost} for c, lost in misses.items())
     )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _told(links: Sequence[tuple[int, int]]) -> str:

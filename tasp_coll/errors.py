@@ -14,7 +14,12 @@ LinkWarning (UserWarning) is no error: it tells of a link that was left out, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Ranks as messages name them: "rank 2", "ranks 0, 3"."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 class CollectiveError(Exception):

@@ -46,7 +46,8 @@ class Healer:
         load()  # in need, all would wait for the slowest to do so
         self._transport, self._rounds, self._adopt, self._streaming = transport, rounds, adopt, streaming
         self._whole = self._now = topology
-        self._dead: list[Pair] = []
+        self._dead: list[Pair] = []  # what plans do without
+        self._met: set[Pair] = set()  # these, and those without which there is no plan
         self._rates: dict[Arc, float] = {}
         self._samples: dict[Pair, Sample] = {}
 
@@ -74,11 +75,12 @@ class Healer:
         """Leave out links that died; what to say of them."""
         told = []
         for a, b in dead:
-            if (a, b) in self._dead or not _linked(self._whole, a, b):
+            if (a, b) in self._met or not _linked(self._whole, a, b):
                 continue
-            self._dead.append((a, b))
+            self._met.add((a, b))
             try:
-                self._now = self._planned()
+                self._now = self._planned([*self._dead, (a, b)])
+                self._dead.append((a, b))
                 told.append(f"ranks {a} and {b} do not reach each other any more: their link is left out")
             except TopologyError as error:
                 told.append(f"ranks {a} and {b} do not reach each other any more, and nothing leads around: {error}")
@@ -90,13 +92,13 @@ class Healer:
         for (u, v), share in slow.items():
             self._rates[u, v] = float(f"{self._now.GBps(u, v) * share * _CAUTION:.3g}")
         if slow:
-            self._now = self._planned()
+            self._now = self._planned(self._dead)
         return [f"the link from {u} to {v} delivers {share:.2g} of what is usual" for (u, v), share in slow.items()]
 
-    def _planned(self) -> Topology:
-        """What is left of the whole topology."""
+    def _planned(self, dead: Iterable[Pair]) -> Topology:
+        """What is left of the whole topology. TopologyError: too little."""
         left = self._whole
-        for a, b in self._dead:
+        for a, b in dead:
             left = left.without_link(a, b)
         return left.with_rates({arc: rate for arc, rate in self._rates.items() if left.link(*arc) is not None})
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from loopback_ranks import attempt
-from tasp_coll import Communicator, LinkWarning, MismatchError, PeerTimeoutError, Topology
-from tasp_coll.healing import derived_pairs, slow_links
+from tasp_coll import Communicator, Link, LinkWarning, MismatchError, PeerTimeoutError, Topology
+from tasp_coll.healing import Healer, derived_pairs, slow_links
 from tasp_coll.transport.loopback import LoopbackTransport, LoopbackWorld
 from tasp_coll.transport.rates import Sample
 
@@ -283,3 +283,12 @@ def test_pairs_whose_traffic_crosses_a_dead_link() -> None:
         assert ways & {(0, 1), (1, 0)}
     assert len(list(derived_pairs(torus)((0, 1)))) > 1
     assert list(derived_pairs(torus)((0, 10))) == [(0, 10)], "no link of theirs"
+
+
+def test_a_dead_link_without_which_there_is_no_plan_is_told_once_and_kept_in_plans() -> None:
+    line = Topology("line", 3, (), [Link(a, b, 1.0) for a, b in ((0, 1), (1, 0), (1, 2), (2, 1))])
+    healer = Healer(None, None, line, lambda topology: None, lambda: False)  # type: ignore[arg-type]
+    (told,) = healer._exclude([(0, 1)])
+    assert "ranks 0 and 1 do not reach each other any more, and nothing leads around" in told
+    assert healer._exclude([(0, 1)]) == []
+    assert healer._planned(healer._dead) == line

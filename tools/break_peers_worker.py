@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from break_peers_cases import CASES, DETAIL, FAULT_S, GLOO, HEAL, MPI, ODD, RANKS, TASP, Call, Case, Seen
+from tasp_coll.files import writing
 
 Array = NDArray[np.generic]
 _POLL_S = 0.01
@@ -145,9 +146,8 @@ def witness(library: Peer, case: Case, rank: int, nbytes: int, healthy: float, u
 
 def write(path: Path, content: Any) -> None:
     """A file that is there entirely or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 def main(system: str, name: str, at: str, nbytes: int, timeout: float, limit: float, patience: float) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 from gpu_report_steps import Step, carry_out, steps
 from gpu_report_text import markdown
 from perf_options import integer, seconds_of
+from tasp_coll.files import writing
 
 _PROBE = """
 import json, cupy
@@ -78,11 +78,9 @@ def _machine() -> dict[str, Any] | str:
 
 
 def _write(path: Path | None, report: dict[str, Any]) -> None:
-    """Readers see all of it or nothing."""
     if path is not None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, path)
+        with writing(path) as partial:
+            partial.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:
