@@ -11,18 +11,37 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "Block": "tiles",
+    "Config": "config",
+    "Controller": "controller",
+    "Cost": "cost",
     "Quantized": "integers",
+    "convert": "conversion",
     "pack": "packing",
     "packed_bytes": "packing",
     "quantize": "integers",
     "unpack": "packing",
 }
 
-__all__ = ["Block", "Quantized", "pack", "packed_bytes", "quantize", "unpack"]
+__all__ = [
+    "Block",
+    "Config",
+    "Controller",
+    "Cost",
+    "Quantized",
+    "convert",
+    "pack",
+    "packed_bytes",
+    "quantize",
+    "unpack",
+]
 
 if TYPE_CHECKING:
-    from dynasty.packing import pack, packed_bytes, unpack
+    from dynasty.config import Config
+    from dynasty.controller import Controller
+    from dynasty.conversion import convert
+    from dynasty.cost import Cost
     from dynasty.integers import Quantized, quantize
+    from dynasty.packing import pack, packed_bytes, unpack
     from dynasty.tiles import Block
 
 
