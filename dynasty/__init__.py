@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "Block": "tiles",
+    "Chip": "chip",
     "Config": "config",
     "Controller": "controller",
     "Cost": "cost",
@@ -24,6 +25,7 @@ _HOME = {
 
 __all__ = [
     "Block",
+    "Chip",
     "Config",
     "Controller",
     "Cost",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from dynasty.chip import Chip
     from dynasty.config import Config
     from dynasty.controller import Controller
     from dynasty.conversion import convert

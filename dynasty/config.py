@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from dynasty.chip import Chip
 from dynasty.tiles import Block
 from tasp_coll import ArgumentError
 
@@ -26,7 +27,9 @@ class Config:
     gradient_share: the mean width of gradients over that of a map of one width with the same cycles.
     alarm: training goes wrong when the loss, smoothed, is so many times its best; then the budget grows.
     block: rows x columns of the matrices that a GEMM sees.
-    buffer_bytes: of the modelled accelerator's chip; what does not fit goes to DRAM.
+    steps: of the whole training, if known. ramp: from 0 to below 1; with steps, the budget of a step grows evenly from
+        1 - ramp to 1 + ramp times its mean: late steps, with a small learning rate, gain most from precision.
+    chip: the modelled accelerator.
     skip: names of modules that stay as they are.
 
     Raises ArgumentError for what does not fit.
@@ -44,12 +47,14 @@ class Config:
     gradient_share: float = 1.0
     alarm: float = 1.5
     block: Block = field(default_factory=Block)
-    buffer_bytes: int = 8 << 20
+    steps: int | None = None
+    ramp: float = 0.0
+    chip: Chip = field(default_factory=Chip)
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _need("method", self.method in METHODS, f"be one of {', '.join(METHODS)}", self.method)
-        for name, lowest in (("bits", 2), ("refresh", 1), ("warmup", 1), ("observe", 1), ("buffer_bytes", 0)):
+        for name, lowest in (("bits", 2), ("refresh", 1), ("warmup", 1), ("observe", 1)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             _need(name, whole and value >= lowest, f"be an integer >= {lowest}", value)
@@ -59,6 +64,10 @@ class Config:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and low <= value <= high
             _need(name, number, f"be a number from {low} to {high}", value)
+        whole = self.steps is None or (isinstance(self.steps, int) and self.steps >= 1)
+        _need("steps", whole, "be None or an integer >= 1", self.steps)
+        number = isinstance(self.ramp, (int, float)) and 0 <= self.ramp < 1
+        _need("ramp", number and (self.steps is not None or not self.ramp), "be 0, or below 1 with steps", self.ramp)
         _need("alarm", isinstance(self.alarm, (int, float)) and self.alarm > 1, "be a number above 1", self.alarm)
         known = all(width in (0, 2, 3, 4, 5, 6, 7, 8) for width in self.widths)
         rising = list(self.widths) == sorted(set(self.widths)) and len(self.widths) > 1

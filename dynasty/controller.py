@@ -114,7 +114,7 @@ class Controller:
         rows = tuple(layer.rows for layer in self.layout.layers)
         if rows not in self._priced:
             self._priced[rows] = step_cost(
-                self.layout.meetings(), self.layout.widths(), self.config.block, self.config.buffer_bytes
+                self.layout.meetings(), self.layout.widths(), self.config.block, self.config.chip
             )
         self._spend(self._priced[rows])
         observed = [layer for layer in self.layout.layers if layer.observing]
@@ -142,9 +142,11 @@ class Controller:
 
     def _budget(self, whole: float) -> float:
         """Cycles of a step, whose 8 bits would take `whole`: the target's, less what is owed from steps before."""
-        target, cost = float(self.figures[1]), self.cost()
-        owed = max(0.0, cost.cycles - cost.cycles_8bit / target)
-        return max(whole / target - owed / _PAY_BACK, whole / (target * _MOST))
+        target, cost, ramp = float(self.figures[1]), self.cost(), self.config.ramp
+        done = min(1.0, cost.steps / self.config.steps) if self.config.steps else 0.5
+        planned = whole / target * (1 + ramp * (2 * done - 1))
+        owed = max(0.0, cost.cycles - cost.cycles_8bit / target * (1 + ramp * (done - 1)))
+        return max(planned - owed / _PAY_BACK, planned / _MOST)
 
     def _judge(self, loss: float) -> None:
         """Smooths the loss, and eases the budget while it is far above its best."""

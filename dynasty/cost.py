@@ -2,8 +2,8 @@
 
 The array multiplies b_a by b_b bits in b_a * b_b / 64 of the cycles of 8 by 8 (Bit Fusion, arXiv 1712.01507). Matrices
 are cut into blocks; those at the edges take as long as full ones. Energies are those of 45 nm at 0.9 V in M. Horowitz,
-"Computing's energy problem", ISSCC 2014: per 8-bit multiplication 0.2 pJ, 32-bit integer addition 0.1, float32
-multiplication 3.7 and addition 0.9, 64 bits from 8 KB of SRAM 10, from 1 MB 100, from DRAM 1300 (the lower end).
+"Computing's energy problem", ISSCC 2014: per 8-bit multiplication 0.2 pJ, 32-bit integer addition 0.1, float16
+multiplication 1.1, float32 addition 0.9, 64 bits from 8 KB of SRAM 10, from 1 MB 100, from DRAM 1300 (the lower end).
 Multipliers scale with b_a * b_b, adder trees with b_a + b_b, memory with the bits stored; sums, steps and the float32
 weights cost the same at any width.
 """
@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from dynasty.chip import Chip
 from dynasty.maps import Meetings, Widths
 from dynasty.tiles import Block
 
 MULTIPLY_8 = 0.2
 ADD_32 = 0.1
-MULTIPLY_FLOAT32, ADD_FLOAT32 = 3.7, 0.9
+MULTIPLY_FLOAT16, ADD_FLOAT32 = 1.1, 0.9
 SRAM_BIT, BUFFER_BIT, DRAM_BIT = 10 / 64, 100 / 64, 1300 / 64
-BUFFER_BYTES = 8 << 20  # on the chip, as small edge accelerators have
 _SUM_BITS = 4  # that a sum over a block's depth has beyond its products
 _STEP_BITS, _WIDTH_BITS = 16, 4
 GEMMS = 3
@@ -101,26 +101,26 @@ class Cost:
         return replace(self, **sums, energy=energies[0], energy_8bit=energies[1])
 
 
-def step_cost(meetings: Meetings, widths: Widths, block: Block, buffer_bytes: int = BUFFER_BYTES) -> Cost:
-    """Of one training step with these widths, analytics left out. buffer_bytes: of the chip; 0: all goes to DRAM."""
+def step_cost(meetings: Meetings, widths: Widths, block: Block, chip: Chip) -> Cost:
+    """Of one training step with these widths, analytics left out."""
     eights = Widths(*(torch.full_like(each, 8) for each in (widths.x, widths.w, widths.g)))
     return Cost(
         steps=1,
         macs=meetings.macs,
         cycles=meetings.cycles(widths),
         cycles_8bit=meetings.cycles(eights),
-        energy=_energy(meetings, widths, block, buffer_bytes),
-        energy_8bit=_energy(meetings, eights, block, buffer_bytes),
+        energy=_energy(meetings, widths, block, chip),
+        energy_8bit=_energy(meetings, eights, block, chip),
     )
 
 
 def analytics_cost(macs: float) -> Cost:
-    """Of statistics and maps: in float32, each a cycle of the array."""
-    pj = macs * (MULTIPLY_FLOAT32 + ADD_FLOAT32)
+    """Of statistics and maps: of 16 bits, added up in float32, each a cycle of the array."""
+    pj = macs * (MULTIPLY_FLOAT16 + ADD_FLOAT32)
     return Cost(analytics_macs=macs, cycles=macs, energy=Energy(analytics=pj))
 
 
-def _energy(meetings: Meetings, widths: Widths, block: Block, buffer_bytes: int) -> Energy:
+def _energy(meetings: Meetings, widths: Widths, block: Block, chip: Chip) -> Energy:
     u, elements = meetings.u.double(), meetings.elements
     w, x, g = widths.w.double(), widths.x[meetings.x].double(), widths.g[meetings.g].double()
     spent = 64 * GEMMS * float(u.sum())  # multiply-accumulates, with edges
@@ -129,15 +129,15 @@ def _energy(meetings: Meetings, widths: Widths, block: Block, buffer_bytes: int)
     held = sum(float((getattr(elements, o) * getattr(widths, o)).sum()) for o in "xwg")
     held += (_STEP_BITS + _WIDTH_BITS) / block.size * elements.total
     masters = 2 * 32 * float(elements.w.sum())
-    spilled = max(0.0, 1 - 8 * buffer_bytes / (held + masters)) if held else 0.0
+    spilled = max(0.0, 1 - 8 * chip.buffer_bytes / (held + masters)) if held else 0.0
     bit = BUFFER_BIT + spilled * DRAM_BIT
     return Energy(
         multipliers=MULTIPLY_8 * meetings.cycles(widths),
         adders=ADD_32 / 32 * product_bits,
         # Two steps' product is a bfloat16: 8 bits that the array itself multiplies a sum with.
         scales=MULTIPLY_8 / 64 * 8 * sum_bits + ADD_FLOAT32 * sums,
-        # Two blocks are read for the block.size * block.rows multiply-accumulates of their product.
-        operands=SRAM_BIT * product_bits / block.rows,
+        # What enters the array at one side meets all of the other.
+        operands=SRAM_BIT * product_bits / chip.side,
         # Each operand is written once and read twice, by the two GEMMs that it goes into.
         memory=bit * GEMMS * held,
         optimizer=bit * 2 * masters,
