@@ -1,0 +1,71 @@
+"""How matrices are cut into blocks.
+
+A matrix (..., M, K) is cut into blocks of `rows` x `columns`. Where they do not fit, zeros are added at the end; they
+never raise a peak. It is held as strips (..., R, rows, C * columns), which is the matrix itself where nothing had to be
+added: operations on it run along whole rows, many times faster than on small square tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tasp_coll import ArgumentError
+
+
+@dataclass(frozen=True)
+class Block:
+    """rows x columns elements that share a scale and a width."""
+
+    rows: int = 16
+    columns: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in (("rows", self.rows), ("columns", self.columns)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name} of a block must be an integer >= 1, got {value!r}")
+
+    @property
+    def size(self) -> int:
+        """Elements of a block."""
+        return self.rows * self.columns
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Blocks along the rows and the columns of a matrix."""
+        return -(-rows // self.rows), -(-columns // self.columns)
+
+    def strips(self, matrix: Tensor) -> Tensor:
+        """(..., M, K) -> (..., R, rows, C * columns), a view if the blocks fit."""
+        down, across = self.grid(*matrix.shape[-2:])
+        spare_rows, spare_columns = down * self.rows - matrix.shape[-2], across * self.columns - matrix.shape[-1]
+        if spare_rows or spare_columns:
+            matrix = pad(matrix, (0, spare_columns, 0, spare_rows))
+        return matrix.unflatten(-2, (down, self.rows))
+
+    def matrix(self, strips: Tensor, rows: int, columns: int) -> Tensor:
+        """The way back: (..., R, rows, C * columns) -> (..., M, K), a view."""
+        return strips.flatten(-3, -2)[..., :rows, :columns]
+
+    def along(self, per_block: Tensor) -> Tensor:
+        """A value per block (..., R, C) as it stands beside strips, (..., R, 1, C * columns)."""
+        return per_block.repeat_interleave(self.columns, -1).unsqueeze(-2)
+
+    def peaks(self, strips: Tensor) -> Tensor:
+        """The largest magnitude in each block, (..., R, C). NaN and infinity stay what they are."""
+        return _halves(_halves(strips.abs(), -2).squeeze(-2).unflatten(-1, (-1, self.columns)), -1).squeeze(-1)
+
+    def sums(self, strips: Tensor) -> Tensor:
+        """The sum of each block, (..., R, C)."""
+        return strips.sum(-2).unflatten(-1, (-1, self.columns)).sum(-1)
+
+
+def _halves(values: Tensor, dim: int) -> Tensor:
+    """The largest along a dimension, which is kept: torch's own `amax` of short dimensions is several times slower."""
+    while (length := values.shape[dim]) > 1:
+        half = length // 2
+        larger = torch.maximum(values.narrow(dim, 0, half), values.narrow(dim, half, half))
+        values = torch.cat([larger, values.narrow(dim, length - 1, 1)], dim) if length % 2 else larger
+    return values
