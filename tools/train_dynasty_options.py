@@ -19,8 +19,9 @@ DATA_SETS = ("fashion-mnist", "cifar-100", "imagenet", "text")
 GRADS = ("float32", "bfloat16", "8", "dynamic")
 _SETTING = (
     *("model", "width", "depth", "seq_len", "data_set", "images", "test_images"),
-    *("refresh", "warmup", "epochs", "batch", "optimizer", "lr", "weight_decay", "mean_bits"),
+    *("refresh", "warmup", "ramp", "epochs", "batch", "optimizer", "lr", "weight_decay", "mean_bits"),
 )
+_OBSERVED = 2  # dynasty.Config's
 # Of each model: optimizer, rate, weight decay, --width and --depth.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cnn": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "width": 16, "depth": 3},
@@ -46,6 +47,7 @@ class Options:
     against: str
     refresh: int
     warmup: int
+    ramp: float
     epochs: int
     batch: int
     optimizer: str
@@ -103,6 +105,10 @@ def _fault(options: Options) -> str:
         return f"--against must be one of --configs, got {options.against!r}"
     if options.images is not None and options.images < options.batch:
         return f"--images must be at least --batch {options.batch}, got {options.images}"
+    if options.ramp >= 1:
+        return f"--ramp must be below 1, got {options.ramp:g}"
+    if options.refresh < _OBSERVED:
+        return f"--refresh must be at least the {_OBSERVED} steps that are observed before it, got {options.refresh}"
     if options.resume and options.json is None:
         return "--resume needs --json PATH, whose runs it takes over"
     return ""
@@ -169,6 +175,13 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--warmup", type=integer(1), default=10, metavar="K", help="first steps, all in 8 bits, of dynamic (default 10)"
+    )
+    group.add_argument(
+        "--ramp",
+        type=_number(0, True),
+        default=0.0,
+        metavar="R",
+        help="the budget of a step grows from 1 - R to 1 + R times its mean: late steps gain most (default 0)",
     )
 
 

@@ -23,13 +23,13 @@ class Precision:
     bits: int | None = None
     speedup: float | None = None
 
-    def config(self, refresh: int, warmup: int) -> Any:
-        """As dynasty.Config."""
+    def config(self, **others: Any) -> Any:
+        """As dynasty.Config; others: what it takes besides."""
         import dynasty
 
         asked = {"bits": self.bits, "speedup": self.speedup}
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        return dynasty.Config(method=self.method, refresh=refresh, warmup=warmup, **given)
+        return dynasty.Config(method=self.method, **given, **others)
 
 
 @dataclass(frozen=True)
