@@ -41,7 +41,8 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     cycles.set(title="modelled cycles of a bit-scalable array (no wall-clock)", xlabel="step")
     for axes in (accuracy, bits, cycles):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     _draw_map(drawing, picture, [run for row in rows for run in row.runs if run.maps])
     with writing(path) as partial:
         drawing.savefig(partial, dpi=120)

@@ -77,9 +77,9 @@ class Diary:
 
     def changed(self) -> dict[str, float] | None:
         """Mean and highest share of blocks that changed at a refresh, but the first: that one ends the warm-up."""
-        shares = [record["changed"] for record in self.history[1:]]
-        if self.precision.method != "dynamic" or not shares:
+        if self.precision.method != "dynamic" or len(self.history) < 2:
             return None
+        shares = [record["changed"] for record in self.history[1:]]
         return {"mean": mean(shares), "max": max(shares)}
 
     def shown(self) -> list[dict[str, Any]]:
