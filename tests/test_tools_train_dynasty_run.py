@@ -171,6 +171,21 @@ def test_a_command_that_was_cut_off_goes_on(mpirun: MpiRun, tmp_path: Path) -> N
     assert (tmp_path / "runs.svg").stat().st_size > 10_000
 
 
+def test_ranks_share_a_training_and_their_gradients(mpirun: MpiRun, tmp_path: Path) -> None:
+    text, runs = tmp_path / "text", tmp_path / "runs.json"
+    text.write_bytes(b"to be or not to be, that is the question. " * 40)
+    how: list[str | Path] = ["--model", "llama", "--width", "32", "--depth", "1", "--seq-len", "16", "--data", text]
+    how += ["--batch", "16", "--refresh", "2", "--warmup", "2", "--configs", "dynamic:4", "--json", runs]
+    done = mpirun(2, [TOOL, *how, "--grad-bits", "float32,8,dynamic", "--timeout", "60"])
+    assert done.returncode == 0, done.stderr
+    plain, eight, dynamic = json.loads(runs.read_text())["results"]
+    assert plain["exchange"]["bytes"] == pytest.approx(plain["exchange"]["float32_bytes"], rel=0.05)
+    assert eight["exchange"]["bytes"] < 0.3 * plain["exchange"]["bytes"]
+    assert dynamic["exchange"]["bytes"] < 0.15 * plain["exchange"]["bytes"]
+    assert dynamic["loss"] == pytest.approx(plain["loss"], rel=0.05)
+    assert "diff: to dynamic:4 grads float32" in done.stdout
+
+
 def test_what_cannot_be_done_is_told_once_and_soon(mpirun: MpiRun, tmp_path: Path) -> None:
     cases: tuple[tuple[int, list[str | Path], str], ...] = (
         (2, ["--batch", "63"], "--batch must be a multiple of the 2 ranks, got 63"),

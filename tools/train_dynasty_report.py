@@ -125,7 +125,8 @@ def tables(found: Sequence[Row], against: str) -> list[str]:
     exchanged = any(row.grads is not None for row in found)
     head, cells = (_EXCHANGED, _exchanged) if exchanged else (_COLUMNS, _cells)
     widths = [width for _, width in head]
-    told = [f"# +-: half of the 95 % confidence interval over seeds; diff: to {against}, paired by seed"]
+    base = next((f"{row.config} grads {row.grads}" for row in found if exchanged and row.config == against), against)
+    told = [f"# +-: half of the 95 % confidence interval over seeds; diff: to {base}, paired by seed"]
     told.append(f"# {MODELLED}")
     told.append("#" + line([name for name, _ in head], widths))
     told += [" " + line(cells(row), widths) for row in found]
