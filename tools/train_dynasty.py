@@ -135,8 +135,9 @@ def _missing(options: Options) -> str:
     """What takes seconds to import, and may not be there."""
     packages = _OF_LLAMA if options.model == "llama" else _PACKAGES
     try:
-        import dynasty  # noqa: F401
         import torch
+
+        import dynasty  # noqa: F401
 
         if options.model == "llama":
             import transformers
