@@ -58,9 +58,9 @@ class Controller:
     def step(self, loss: float | Tensor, comm: Any = None) -> None:
         """After a training step: count it, and every `refresh` steps make new maps. Collective if comm is given.
 
-        loss: of the step, to see whether training goes well: the mean over ranks. comm: a `tasp_coll.Communicator` whose
-        ranks train the same model on different data; statistics are averaged at each refresh, so that all ranks have the
-        same maps.
+        loss: of the step, to see whether training goes well: the mean over ranks. comm: a `tasp_coll.Communicator`
+        whose ranks train the same model on different data; statistics are averaged at each refresh, so that all ranks
+        have the same maps.
         """
         self.counts[0] += 1
         if self.layout.layers and self.config.method != "float32":
