@@ -21,8 +21,8 @@ _HOME = {
 __all__ = ["Block", "Quantized", "pack", "packed_bytes", "quantize", "unpack"]
 
 if TYPE_CHECKING:
-    from dynasty.packing import pack, packed_bytes, unpack
     from dynasty.integers import Quantized, quantize
+    from dynasty.packing import pack, packed_bytes, unpack
     from dynasty.tiles import Block
 
 
