@@ -11,16 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "Block": "tiles",
+    "Feedback": "feedback",
     "Quantized": "integers",
+    "Sent": "collectives",
+    "all_gather": "collectives",
+    "all_reduce": "collectives",
     "pack": "packing",
     "packed_bytes": "packing",
     "quantize": "integers",
     "unpack": "packing",
 }
 
-__all__ = ["Block", "Quantized", "pack", "packed_bytes", "quantize", "unpack"]
+__all__ = [
+    "Block",
+    "Feedback",
+    "Quantized",
+    "Sent",
+    "all_gather",
+    "all_reduce",
+    "pack",
+    "packed_bytes",
+    "quantize",
+    "unpack",
+]
 
 if TYPE_CHECKING:
+    from dynasty.collectives import Sent, all_gather, all_reduce
+    from dynasty.feedback import Feedback
     from dynasty.integers import Quantized, quantize
     from dynasty.packing import pack, packed_bytes, unpack
     from dynasty.tiles import Block

@@ -1,8 +1,9 @@
 """Integers of few bits as bytes, for wires and files.
 
 What a packed matrix holds, in this order: a nibble per block with its width, two bytes per block with its step
-(bfloat16), then the integers, blocks of 2 bits first. Blocks of one width stand together, so that all of them are
-packed by one set of shifts: eight integers of b bits make one 64-bit word, of which the lowest b bytes are kept.
+(bfloat16), then the integers, blocks of 2 bits first. Blocks of one width stand together. Their integers are cut into
+eight eighths; integer i of each of them, b bits wide, one after another fill byte i of b planes. So everything is done by
+shifts of whole planes of bytes.
 """
 
 from __future__ import annotations
@@ -63,22 +64,29 @@ def unpack(packed: Tensor, shape: tuple[int, ...], *, block: Block | None = None
 
 def _squeeze(codes: Tensor, width: int) -> Tensor:
     """(n, size) integers below 2^width -> (n * size * width / 8,) bytes."""
-    eights = codes.reshape(-1, _GROUP)
-    words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
-    for place in range(_GROUP):
-        words |= eights[:, place].long() << width * place
-    return words.view(torch.uint8).view(-1, _GROUP)[:, :width].reshape(-1)
+    eighths = codes.view(_GROUP, -1)
+    planes = codes.new_zeros((width, eighths.shape[1]))
+    for place, (plane, shift) in _places(width):
+        planes[plane] |= eighths[place] << shift
+        if shift + width > 8:
+            planes[plane + 1] |= eighths[place] >> 8 - shift
+    return planes.view(-1)
 
 
 def _spread(packed: Tensor, width: int) -> Tensor:
-    """(n * width,) bytes -> (n, 8) integers."""
-    words = packed.new_zeros((len(packed) // width, _GROUP))
-    words[:, :width] = packed.view(-1, width)
-    word = words.view(torch.int64).squeeze(1)
-    spread = torch.empty_like(words)
-    for place in range(_GROUP):
-        spread[:, place] = (word >> width * place) & (1 << width) - 1
-    return spread
+    """(n * width,) bytes -> (8, n) integers."""
+    planes = packed.view(width, -1)
+    eighths = packed.new_empty((_GROUP, planes.shape[1]))
+    for place, (plane, shift) in _places(width):
+        torch.bitwise_right_shift(planes[plane], shift, out=eighths[place])
+        if shift + width > 8:
+            eighths[place] |= planes[plane + 1] << 8 - shift
+    return eighths.bitwise_and_((1 << width) - 1)
+
+
+def _places(width: int) -> list[tuple[int, tuple[int, int]]]:
+    """Where each of eight integers begins: plane and bit."""
+    return [(place, divmod(place * width, 8)) for place in range(_GROUP)]
 
 
 def _nibbles(bits: Tensor) -> Tensor:
