@@ -250,7 +250,7 @@ def _checked(tensors: Sequence[Tensor], op: str, bits: int | str, mean_bits: flo
     )
     if odd is not None:
         came = str(odd.dtype) if isinstance(odd, Tensor) else type(odd).__name__
-        raise ArgumentTypeError(f"grads must be floating-point tensors, a list or a tuple of them, got {came}")
+        raise ArgumentTypeError(f"grads must be floating-point tensors, got {came}")
     if len(devices := {str(x.device) for x in tensors}) > 1:
         raise refuse("grads", "be on one device", ", ".join(sorted(devices)))
     if any(x.layout != torch.strided for x in tensors):

@@ -8,7 +8,7 @@ first, while they can be paid, finds it.
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tasp_coll import ArgumentError
 
 CANDIDATES = (0, *WIDTHS)
 HEAD_BITS = 20  # a packed block's width and step
+_LEADING = 46  # of float64: sign, exponent and 6 bits stay
 _NEVER = 1e6  # times the worst that can be saved otherwise
 
 
@@ -41,13 +42,15 @@ def allocate(errors: Tensor, costs: Tensor, budget: float) -> Tensor:
         raise ArgumentError(f"budget must be at least {budget - float(spare.min())}, the cheapest, got {budget}")
     gains, on_hull = _hull(errors.contiguous(), costs)
     so_far = torch.where(on_hull, costs, costs[0]).cummax(0).values
-    steps = torch.where(on_hull[1:], costs[1:] - so_far[:-1], 0)
-    order = _joined(gains[1:]).argsort(dim=-1, descending=True, stable=True)
-    paid = _joined(steps).gather(-1, order).cumsum(-1) <= spare
-    taken = torch.empty_like(paid).scatter_(-1, order, paid).unflatten(-1, steps.shape[:1] + steps.shape[-1:])
+    steps = costs[1:] - so_far[:-1]
+    taken = on_hull[1:].clone()
+    for problem in product(*map(range, spare.shape[:-1])):
+        here = (slice(None), *problem)
+        mine = on_hull[1:][here]
+        taken[here][mine] = _affordable(gains[1:][here][mine], steps[here][mine], float(spare[problem]))
     chosen = torch.zeros_like(on_hull[0], dtype=torch.int64)
-    for choice in range(1, len(errors)):
-        chosen[taken[..., choice - 1, :] & on_hull[choice]] = choice
+    for choice, those in enumerate(taken, 1):
+        chosen[those] = choice
     return chosen
 
 
@@ -78,9 +81,24 @@ def widths_within(
     return widths.to(torch.uint8)[allocate(errors, widths * size, budget)]
 
 
-def _joined(choices: Tensor) -> Tensor:
-    """(W, ..., blocks) -> (..., W * blocks)."""
-    return choices.movedim(0, -2).flatten(-2)
+def _affordable(gains: Tensor, steps: Tensor, spare: float) -> Tensor:
+    """Which of the steps (n,) to take, the greatest gains first, the first ones among equals: (n,) bool.
+
+    Gains are positive, so that their bits rise with them: only those are sorted that agree in the leading bits with
+    the one at which the budget ends.
+    """
+    if not len(gains):
+        return gains.bool()
+    bits = gains.view(torch.int64) >> _LEADING
+    rank = bits.max() - bits
+    spent = torch.bincount(rank, steps).cumsum(0)
+    end = int((spent <= spare).sum())
+    paid = rank < end
+    last = (rank == end).nonzero().squeeze(1)
+    last = last[gains[last].argsort(dim=0, descending=True, stable=True)]
+    before = float(spent[end - 1]) if end else 0.0
+    paid[last] = before + steps[last].cumsum(0) <= spare
+    return paid
 
 
 def _hull(errors: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
