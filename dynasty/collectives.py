@@ -242,13 +242,9 @@ def _described(form: Format) -> dict[str, object]:
 
 def _checked(tensors: Sequence[Tensor], op: str, bits: int | str, mean_bits: float) -> Format:
     """The format, or what is wrong with a call."""
-    listed = isinstance(tensors, (list, tuple))
-    odd = (
-        next((x for x in tensors if not isinstance(x, Tensor) or not x.is_floating_point()), None)
-        if listed
-        else tensors
-    )
-    if odd is not None:
+    if not isinstance(tensors, (list, tuple)):
+        raise ArgumentTypeError(f"grads must be tensors, a list or a tuple of them, got {type(tensors).__name__}")
+    for odd in (x for x in tensors if not isinstance(x, Tensor) or not x.is_floating_point()):
         came = str(odd.dtype) if isinstance(odd, Tensor) else type(odd).__name__
         raise ArgumentTypeError(f"grads must be floating-point tensors, got {came}")
     if len(devices := {str(x.device) for x in tensors}) > 1:

@@ -50,7 +50,7 @@ class Format:
         generator: of stochastic rounding; None: to nearest. Rows that are not finite arrive as NaN and lose nothing.
         """
         if self.bits in _PLAIN:
-            sent = rows.to(_PLAIN[str(self.bits)])
+            sent = rows.to(_PLAIN[str(self.bits)], copy=True)
             _lose(rows, sent.float(), rows.isfinite().all(1))
             return sent.view(torch.uint8).flatten()
         rounding = "nearest" if generator is None else "stochastic"

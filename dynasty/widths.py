@@ -75,7 +75,7 @@ def widths_within(
     if rounding == "nearest":
         errors = torch.minimum(torch.where(widths > 0, steps.square() / 12, torch.inf), mean_squares)
     else:
-        never = _NEVER * peaks.amax(-2, keepdim=True).square()
+        never = _NEVER * peaks.square().sum(-2, keepdim=True)
         errors = torch.where((widths > 0) | (peaks == 0), steps.square() / 6, never)
     budget = (mean_bits * size - HEAD_BITS) * peaks.shape[-2]
     return widths.to(torch.uint8)[allocate(errors, widths * size, budget)]

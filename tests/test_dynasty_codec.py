@@ -156,7 +156,8 @@ def test_rows_on_the_wire(seed: int, rows: int, bits: int | str, mean_bits: floa
     assert bits == "dynamic" or len(packed) == form.room(rows)
     found, taken = form.decode(torch.cat([packed, packed[:5]]), rows)
     assert taken == len(packed)
-    torch.testing.assert_close(found + lost, values, rtol=1e-6, atol=0)
+    if rows:
+        assert bool(((found + lost - values).abs() <= 1e-6 * values.abs().amax(1, keepdim=True)).all())
 
 
 def test_what_a_format_refuses() -> None:
