@@ -44,7 +44,7 @@ def test_all_ranks_get_the_same_bits_and_nearly_the_sum(ranks: int, bits: int | 
         assert found[0][0][at].shape == true.shape
         if true.numel() > 1:
             off = float((found[0][0][at] - true).norm() / true.norm())
-            assert off < {"dynamic": 0.5, 2: 1.1, 5: 0.2, 8: 0.02, "bfloat16": 0.01, "float32": 1e-6}[bits]
+            assert off < {"dynamic": 0.7, 2: 1.1, 5: 0.2, 8: 0.02, "bfloat16": 0.01, "float32": 1e-6}[bits]
     for _, sent in found:
         assert sent.bytes > 0
         assert 0 <= sent.error < 1
