@@ -156,7 +156,7 @@ def all_gather(
     own = _dealt([shard], shard.numel(), 1)[:, 0]
     if feedback is not None:
         feedback.add(of, own)
-    packed = _packed(own, form, generator, count)
+    (packed,) = _packed(own.unsqueeze(0), form, generator, count)
     count.bytes = (comm.size - 1) * len(packed)
     gathered = comm.decomposed_allgatherv(packed)
     result = shard.new_empty((sum(lengths), *shard.shape[1:]))
@@ -179,18 +179,18 @@ def _reduced(
     What the sums lost stands in this rank's own part, which is never packed itself.
     """
     rows, n = len(parts), comm.size
-    others = [rank for rank in range(n) if rank != comm.rank]
     send = torch.zeros((n, form.room(rows)), dtype=torch.uint8, device=parts.device)
-    for rank in others:
-        packed = _packed(parts[:, rank], form, generator, count)
-        send[rank, : len(packed)] = packed
-    received = comm.all_to_all(send)
     total = parts[:, comm.rank].clone()
+    parts[:, comm.rank] = 0
+    for row, packed in zip(send, _packed(parts.transpose(0, 1), form, generator, count), strict=True):
+        row[: len(packed)] = packed
+    received = comm.all_to_all(send)
     with count.pack():
-        for rank in others:
-            total += form.decode(received[rank], rows)[0]
+        for rank in range(n):
+            if rank != comm.rank:
+                total += form.decode(received[rank], rows)[0]
         total /= over
-        packed = form.encode(total, generator)
+        (packed,) = form.encode(total.unsqueeze(0), generator)
         torch.mul(total, over, out=parts[:, comm.rank])
     count.bytes = (n - 1) * (send.shape[1] + len(packed))
     gathered = comm.decomposed_allgatherv(packed)
@@ -202,13 +202,13 @@ def _reduced(
     return result
 
 
-def _packed(rows: Tensor, form: Format, generator: torch.Generator | None, count: _Count) -> Tensor:
-    """Rows as bytes; what they had and lost is counted, where it is finite."""
-    had = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+def _packed(parts: Tensor, form: Format, generator: torch.Generator | None, count: _Count) -> list[Tensor]:
+    """Parts (n, rows, 256) as bytes; what they had and lost is counted, where it is finite."""
+    had = torch.linalg.vector_norm(parts, dim=-1).double().square()
     with count.pack():
-        packed = form.encode(rows, generator)
+        packed = form.encode(parts, generator)
     count.had += float(torch.where(had.isfinite(), had, 0).sum())
-    count.lost += float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+    count.lost += float(torch.linalg.vector_norm(parts, dim=-1).double().square().sum())
     return packed
 
 

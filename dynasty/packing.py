@@ -70,7 +70,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...], *, block: Block | None = None
 
 def _squeeze(codes: Tensor, width: int) -> Tensor:
     """(n, size) integers below 2^width -> (n * size * width / 8,) bytes."""
-    eighths = codes.view(_GROUP, -1)
+    eighths = codes.reshape(_GROUP, -1)
     planes = codes.new_zeros((width, eighths.shape[1]))
     for place, (plane, shift) in _places(width):
         planes[plane] |= eighths[place] << shift

@@ -10,7 +10,7 @@ from torch import Tensor
 from dynasty.integers import WIDTHS, Quantized, levels, rounded, steps_for
 from dynasty.packing import pack, packed_bytes, unpack
 from dynasty.tiles import Block
-from dynasty.widths import HEAD_BITS, widths_within
+from dynasty.widths import widths_within
 from tasp_coll import ArgumentError
 
 ROW = 256
@@ -44,27 +44,35 @@ class Format:
             return int(self.mean_bits * ROW * rows) // 8 + rows % 2
         return packed_bytes(torch.full((rows,), self.bits), BLOCK)
 
-    def encode(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Rows as bytes, (at most room(rows),) uint8; rows (R, 256) float32 are left holding what was lost.
+    def encode(self, parts: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Each part as bytes of its own, (at most room(rows),) uint8.
 
-        generator: of stochastic rounding; None: to nearest. Rows that are not finite arrive as NaN and lose nothing.
+        parts: (n, rows, 256) float32, left holding what was lost. generator: of stochastic rounding; None: to nearest.
+        Rows that are not finite arrive as NaN, or as they are where nothing is quantized, and lose nothing.
         """
         if self.bits in _PLAIN:
-            sent = rows.to(_PLAIN[str(self.bits)], copy=True)
-            _lose(rows, sent.float(), rows.isfinite().all(1))
-            return sent.view(torch.uint8).flatten()
+            sent = parts.to(_PLAIN[str(self.bits)], copy=True).contiguous()
+            parts -= sent
+            parts[~sent.isfinite().all(-1)] = 0
+            return [part.view(torch.uint8).flatten() for part in sent]
         rounding = "nearest" if generator is None else "stochastic"
-        peaks = rows.abs().amax(1)
-        bits = self._widths(rows, peaks, rounding)
-        steps = steps_for(peaks, bits, True).unsqueeze(1)
-        codes = rounded(rows, steps, rounding, generator)
-        finite = steps.isfinite().squeeze(1)
-        codes[~finite] = 0
-        rows.addcmul_(codes, torch.where(steps.isfinite(), steps, 0), value=-1)
-        rows[~finite] = 0
-        codes += levels(bits, signed=True).unsqueeze(1)
-        shape = tuple(rows.shape)
-        return pack(Quantized(codes.to(torch.uint8).unsqueeze(1), steps, bits.unsqueeze(1), shape, BLOCK))
+        peaks = parts.abs().amax(-1)
+        bits = self._widths(parts, peaks, rounding)
+        steps = steps_for(peaks, bits, True).unsqueeze(-1)
+        spoilt = ~steps.isfinite()
+        finite = torch.where(spoilt, 0, steps)
+        codes = rounded(parts, finite, rounding, generator)
+        parts.addcmul_(codes, finite, value=-1)
+        if bool(spoilt.any()):
+            codes[spoilt.squeeze(-1)] = 0
+            parts[spoilt.squeeze(-1)] = 0
+        codes += levels(bits, signed=True).unsqueeze(-1)
+        shape, numbers = (
+            tuple(parts.shape[1:]),
+            codes.to(torch.uint8, memory_format=torch.contiguous_format).unsqueeze(-2),
+        )
+        each = zip(numbers, steps, bits.unsqueeze(-1), strict=True)
+        return [pack(Quantized(*part, shape, BLOCK)) for part in each]
 
     def decode(self, packed: Tensor, rows: int) -> tuple[Tensor, int]:
         """The way back, (rows, 256) float32, and how many bytes they took; what follows is left alone."""
@@ -74,17 +82,8 @@ class Format:
         found = unpack(packed, (rows, ROW), block=BLOCK)
         return found.dequantize(), packed_bytes(found.bits, BLOCK)
 
-    def _widths(self, rows: Tensor, peaks: Tensor, rounding: str) -> Tensor:
+    def _widths(self, parts: Tensor, peaks: Tensor, rounding: str) -> Tensor:
         if self.bits != "dynamic":
-            return torch.full_like(peaks, self.bits, dtype=torch.uint8)
-        squares = torch.linalg.vector_norm(rows, dim=1).square_() / ROW
+            return torch.full_like(peaks, int(self.bits), dtype=torch.uint8)
+        squares = torch.linalg.vector_norm(parts, dim=-1).square_() / ROW
         return widths_within(peaks, squares, ROW, self.mean_bits, rounding)
-
-
-def _lose(rows: Tensor, sent: Tensor, finite: Tensor) -> None:
-    """What is left of rows once `sent` of them has gone; nothing where they are not finite."""
-    rows -= sent
-    rows[~finite] = 0
-
-
-__all__ = ["BLOCK", "HEAD_BITS", "ROW", "Format"]
