@@ -15,7 +15,11 @@ _HOME = {
     "Config": "config",
     "Controller": "controller",
     "Cost": "cost",
+    "Feedback": "feedback",
     "Quantized": "integers",
+    "Sent": "collectives",
+    "all_gather": "collectives",
+    "all_reduce": "collectives",
     "convert": "conversion",
     "pack": "packing",
     "packed_bytes": "packing",
@@ -29,7 +33,11 @@ __all__ = [
     "Config",
     "Controller",
     "Cost",
+    "Feedback",
     "Quantized",
+    "Sent",
+    "all_gather",
+    "all_reduce",
     "convert",
     "pack",
     "packed_bytes",
@@ -39,10 +47,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dynasty.chip import Chip
+    from dynasty.collectives import Sent, all_gather, all_reduce
     from dynasty.config import Config
     from dynasty.controller import Controller
     from dynasty.conversion import convert
     from dynasty.cost import Cost
+    from dynasty.feedback import Feedback
     from dynasty.integers import Quantized, quantize
     from dynasty.packing import pack, packed_bytes, unpack
     from dynasty.tiles import Block

@@ -92,7 +92,7 @@ def steps_for(peaks: Tensor, bits: Tensor, signed: bool, mean_squares: Tensor | 
         root = mean_squares.sqrt()
         for width, factor in NORMAL_STEPS.items():
             wanted = torch.where(bits == width, torch.minimum(wanted, factor * root), wanted)
-    return torch.where(bits == 0, 0.0, _up_to_bfloat16(wanted))
+    return torch.where((bits == 0) & wanted.isfinite(), 0.0, _up_to_bfloat16(wanted))
 
 
 def rounded(strips: Tensor, steps: Tensor, rounding: str, generator: torch.Generator | None = None) -> Tensor:

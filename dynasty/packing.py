@@ -1,8 +1,8 @@
 """Integers of few bits as bytes, for wires and files.
 
 What a packed matrix holds, in this order: a nibble per block with its width, two bytes per block with its step
-(bfloat16), then the integers, blocks of 2 bits first. Blocks of one width stand together, so that all of them are
-packed by one set of shifts: eight integers of b bits make one 64-bit word, of which the lowest b bytes are kept.
+(bfloat16), then the integers, blocks of 2 bits first. Blocks of one width stand together; integer i of each eighth of
+what they hold, b bits wide, one after another fill byte i of b planes, so that whole planes of bytes are shifted.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ def pack(matrix: Quantized) -> Tensor:
     """(bytes,) uint8 on the matrix's device. Raises ArgumentError for blocks whose size is no multiple of 8."""
     _check(matrix.block)
     bits = matrix.bits.reshape(-1)
+    order, counts = _by_width(bits)
     codes = _blocks(matrix.codes, matrix.block)
+    if len(counts) > 1:
+        codes = codes[order]
     parts = [_nibbles(bits), matrix.steps.reshape(-1).bfloat16().view(torch.uint8)]
-    parts += [_squeeze(codes[bits == width], width) for width in WIDTHS]
+    runs = codes.split(list(counts.values()))
+    parts += [_squeeze(run, width) for width, run in zip(counts, runs, strict=True) if width]
     return torch.cat(parts)
 
 
@@ -51,34 +55,51 @@ def unpack(packed: Tensor, shape: tuple[int, ...], *, block: Block | None = None
     if len(packed) < packed_bytes(bits, block):
         raise ArgumentError(f"packed must have {packed_bytes(bits, block)} bytes by its widths, got {len(packed)}")
     steps = packed[head : head + 2 * count].clone().view(torch.bfloat16).float()
+    order, counts = _by_width(bits)
     codes = packed.new_zeros((count, block.size))
     at = head + 2 * count
-    for width in WIDTHS:
-        chosen = (bits == width).nonzero().squeeze(1)
-        end = at + len(chosen) * block.size // _GROUP * width
-        codes[chosen] = _spread(packed[at:end], width).view(-1, block.size)
+    for (width, many), run in zip(counts.items(), codes.split(list(counts.values())), strict=True):
+        end = at + many * block.size // _GROUP * width
+        if width:
+            _spread(packed[at:end], width, run.view(_GROUP, -1))
         at = end
+    if len(counts) > 1:
+        codes = torch.empty_like(codes).index_copy_(0, order, codes)
     return Quantized(_strips(codes, grid, block), steps.view(grid), bits.view(grid), tuple(shape), block, signed)
 
 
 def _squeeze(codes: Tensor, width: int) -> Tensor:
     """(n, size) integers below 2^width -> (n * size * width / 8,) bytes."""
-    eights = codes.reshape(-1, _GROUP)
-    words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
-    for place in range(_GROUP):
-        words |= eights[:, place].long() << width * place
-    return words.view(torch.uint8).view(-1, _GROUP)[:, :width].reshape(-1)
+    eighths = codes.reshape(_GROUP, -1)
+    planes = codes.new_zeros((width, eighths.shape[1]))
+    for place, (plane, shift) in _places(width):
+        planes[plane] |= eighths[place] << shift
+        if shift + width > 8:
+            planes[plane + 1] |= eighths[place] >> 8 - shift
+    return planes.view(-1)
 
 
-def _spread(packed: Tensor, width: int) -> Tensor:
-    """(n * width,) bytes -> (n, 8) integers."""
-    words = packed.new_zeros((len(packed) // width, _GROUP))
-    words[:, :width] = packed.view(-1, width)
-    word = words.view(torch.int64).squeeze(1)
-    spread = torch.empty_like(words)
-    for place in range(_GROUP):
-        spread[:, place] = (word >> width * place) & (1 << width) - 1
-    return spread
+def _spread(packed: Tensor, width: int, eighths: Tensor) -> None:
+    """The way back: (n * width / 8,) bytes into (8, n / 8) integers."""
+    planes = packed.view(width, -1)
+    for place, (plane, shift) in _places(width):
+        torch.bitwise_right_shift(planes[plane], shift, out=eighths[place])
+        if shift + width > 8:
+            eighths[place] |= planes[plane + 1] << 8 - shift
+    if width < 8:
+        eighths &= (1 << width) - 1
+
+
+def _places(width: int) -> list[tuple[int, tuple[int, int]]]:
+    """Where each of eight integers begins: plane and bit."""
+    return [(place, divmod(place * width, 8)) for place in range(_GROUP)]
+
+
+def _by_width(bits: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """Blocks in the order of their widths, those of a width as they come, and how many there are of each."""
+    ordered, order = bits.sort(stable=True)
+    widths, counts = ordered.unique_consecutive(return_counts=True)
+    return order, dict(zip(widths.tolist(), counts.tolist(), strict=True))
 
 
 def _nibbles(bits: Tensor) -> Tensor:

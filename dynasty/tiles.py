@@ -50,7 +50,9 @@ class Block:
         return strips.flatten(-3, -2)[..., :rows, :columns]
 
     def along(self, per_block: Tensor) -> Tensor:
-        """A value per block (..., R, C) as it stands beside strips, (..., R, 1, C * columns)."""
+        """A value per block (..., R, C) as it stands beside strips, (..., R, 1, C * columns), a view if C is 1."""
+        if per_block.shape[-1] == 1:
+            return per_block.unsqueeze(-2).expand(*per_block.shape[:-1], 1, self.columns)
         return per_block.repeat_interleave(self.columns, -1).unsqueeze(-2)
 
     def peaks(self, strips: Tensor) -> Tensor:

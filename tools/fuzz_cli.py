@@ -18,6 +18,7 @@ import attention_steps_perf
 import break_links_options
 import break_peers
 import break_ranks
+import compressed_perf
 import discover_topology
 import doctor
 import fuzz_grammar
@@ -47,6 +48,7 @@ TOOLS: dict[str, Parse] = {
     "break_links": lambda argv: break_links_options.parse("break_links", None, argv),
     "break_peers": lambda argv: break_peers.parser().parse_args(argv),
     "break_ranks": lambda argv: break_ranks.parser().parse_args(argv),
+    "compressed_perf": lambda argv: compressed_perf.parse(argv, quiet=False),
     "discover_topology": lambda argv: discover_topology.parser().parse_args(argv),
     "doctor": lambda argv: doctor.parser().parse_args(argv),
     "fuzz": fuzz_options.parse,
