@@ -2,7 +2,8 @@
 
 What a packed matrix holds, in this order: a nibble per block with its width, two bytes per block with its step
 (bfloat16), then the integers, blocks of 2 bits first. Blocks of one width stand together, so that all of them are
-packed by one set of shifts: eight integers of b bits make one 64-bit word, of which the lowest b bytes are kept.
+packed by one set of shifts: eight integers of b bits make one 64-bit word, of which the lowest b bytes are kept. In it
+neighbours move together, then pairs, then fours.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dynasty.tiles import Block
 from tasp_coll import ArgumentError
 
 _GROUP = 8  # integers that fill whole bytes at any width
+_WORD = 64
+_LANES = (8, 16, 32)  # bits from one integer, pair and four of a word to the next
 
 
 def packed_bytes(bits: Tensor, block: Block) -> int:
@@ -28,7 +31,7 @@ def pack(matrix: Quantized) -> Tensor:
     bits = matrix.bits.reshape(-1)
     codes = _blocks(matrix.codes, matrix.block)
     parts = [_nibbles(bits), matrix.steps.reshape(-1).bfloat16().view(torch.uint8)]
-    parts += [_squeeze(codes[bits == width], width) for width in WIDTHS]
+    parts += [squeeze(codes[bits == width], width).reshape(-1) for width in WIDTHS]
     return torch.cat(parts)
 
 
@@ -56,29 +59,42 @@ def unpack(packed: Tensor, shape: tuple[int, ...], *, block: Block | None = None
     for width in WIDTHS:
         chosen = (bits == width).nonzero().squeeze(1)
         end = at + len(chosen) * block.size // _GROUP * width
-        codes[chosen] = _spread(packed[at:end], width).view(-1, block.size)
+        codes[chosen] = spread(packed[at:end].view(len(chosen), block.size // _GROUP * width), width)
         at = end
     return Quantized(_strips(codes, grid, block), steps.view(grid), bits.view(grid), tuple(shape), block, signed)
 
 
-def _squeeze(codes: Tensor, width: int) -> Tensor:
-    """(n, size) integers below 2^width -> (n * size * width / 8,) bytes."""
-    eights = codes.reshape(-1, _GROUP)
-    words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
-    for place in range(_GROUP):
-        words |= eights[:, place].long() << width * place
-    return words.view(torch.uint8).view(-1, _GROUP)[:, :width].reshape(-1)
+def squeeze(codes: Tensor, width: int) -> Tensor:
+    """(n, size) uint8 integers below 2^width -> (n, size * width / 8) bytes. size: a multiple of 8."""
+    if width == WIDTHS[-1]:
+        return codes
+    rows, size = codes.shape
+    words = codes.contiguous().view(torch.int64)
+    for lane in _LANES:
+        held = width * lane // _GROUP
+        kept = _mask(held, 2 * lane)
+        words = words & kept | words >> lane - held & kept << held
+    return words.view(torch.uint8).view(-1, _GROUP)[:, :width].reshape(rows, size // _GROUP * width)
 
 
-def _spread(packed: Tensor, width: int) -> Tensor:
-    """(n * width,) bytes -> (n, 8) integers."""
-    words = packed.new_zeros((len(packed) // width, _GROUP))
-    words[:, :width] = packed.view(-1, width)
-    word = words.view(torch.int64).squeeze(1)
-    spread = torch.empty_like(words)
-    for place in range(_GROUP):
-        spread[:, place] = (word >> width * place) & (1 << width) - 1
-    return spread
+def spread(packed: Tensor, width: int) -> Tensor:
+    """The way back: (n, bytes) -> (n, bytes * 8 / width) integers."""
+    if width == WIDTHS[-1]:
+        return packed
+    rows, size = packed.shape
+    padded = packed.new_zeros((rows * size // width, _GROUP))
+    padded[:, :width] = packed.reshape(-1, width)
+    words = padded.view(torch.int64)
+    for lane in reversed(_LANES):
+        held = width * lane // _GROUP
+        kept = _mask(held, 2 * lane)
+        words = words & kept | (words & kept << held) << lane - held
+    return words.view(torch.uint8).view(rows, size // width * _GROUP)
+
+
+def _mask(held: int, lane: int) -> int:
+    """The lowest `held` bits of each `lane` bits of a word."""
+    return sum((1 << held) - 1 << start for start in range(0, _WORD, lane))
 
 
 def _nibbles(bits: Tensor) -> Tensor:
