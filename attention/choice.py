@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attention.forecast import Measured, Problem, Travel, forecast, operations, pairs
 from attention.kernels import kernel_for
-from attention.kv_widths import Bits
+from attention.kv_bits import Bits
 from attention.partition import Partition
 
 _PROBE_TOKENS = 256

@@ -16,7 +16,8 @@ from attention.agreement import agree, refuse
 from attention.blocks import Task
 from attention.compute import Compute, Saved
 from attention.kernels import kernel_for
-from attention.kv_widths import Bits, codec_for
+from attention.kv_bits import Bits
+from attention.kv_widths import codec_for
 from attention.methods import Gather, Job, Local, Method, Rings
 from attention.partition import Partition, partition_of
 from attention.sequence import boundaries, check_tokens, checked

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention.function import context_parallel_attention
-from attention.kv_widths import Bits
+from attention.kv_bits import Bits
 from tasp_coll import Communicator
 
 

@@ -16,8 +16,6 @@ taken by the gain per bit, best first: for a convex E that is the least cost for
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,44 +23,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attention.agreement import refuse
 from attention.kernel_parts import expanded, in_rows
-from attention.wire_bits import SCALE_BITS, Codec, group_of, padded
+from attention.kv_bits import Bits, group_of, padded
+from attention.wire_bits import Codec
 from dynasty.integers import WIDTHS
 
-DYNAMIC = "dynamic"
-MEAN = 4.0  # of "dynamic"
 _QUERIES, _KEYS = 16, 512  # of each rank and head, that the weights are taken from
 _PEAK = 2.1  # of 32 numbers of a normal distribution, over its root mean square
 _LARGEST = 1e30  # of a sum that travels
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Bits:
-    """What a caller wants: `mean` bits for each element of keys and values, beside the scales; dynamic: in the mean."""
-
-    mean: float
-    dynamic: bool
-
-    @classmethod
-    def of(cls, kv_bits: object) -> Bits | None:
-        """From `kv_bits` of a call. ArgumentError for anything else."""
-        if kv_bits is None:
-            return None
-        if isinstance(kv_bits, int) and not isinstance(kv_bits, bool) and kv_bits in WIDTHS:
-            return cls(float(kv_bits), dynamic=False)
-        if isinstance(kv_bits, str) and (found := re.fullmatch(rf"{DYNAMIC}(?::(\d+(?:\.\d+)?))?", kv_bits)):
-            mean = float(found[1] or MEAN)
-            if WIDTHS[0] <= mean <= WIDTHS[-1]:
-                return cls(mean, dynamic=True)
-        rule = f"be None, an integer from 2 to 8, '{DYNAMIC}' or '{DYNAMIC}:MEAN' with a mean from 2 to 8"
-        raise refuse("kv_bits", rule, repr(kv_bits))
-
-    def on_wire(self, head_dim: int) -> float:
-        """Bits of an element, scales included, at most."""
-        return (self.mean + SCALE_BITS / group_of(head_dim)) * padded(head_dim) / head_dim
 
 
 def codec_for(comm: Any, bits: Bits, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: int) -> Codec:

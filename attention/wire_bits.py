@@ -16,25 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attention.kv_bits import group_of, padded
 from dynasty.integers import levels
 from dynasty.packing import spread, squeeze
 from dynasty.tiles import Block
 
-GROUPS = (32, 16, 8)  # channels of a group: as many as divide a head without rest
-SCALE_BITS = 8
 # Of a scale: a float32's bits from the 20th on are its exponent and 3 bits of its mantissa, here counted from 2^-15.6.
 # Peaks over a root mean square end at the root of the number of tokens: 2^16 is more than there will be.
 _MANTISSA, _LOWEST, _BAD = 20, 890, 255
-
-
-def group_of(head_dim: int) -> int:
-    """Channels of a group."""
-    return next((size for size in GROUPS if head_dim % size == 0), GROUPS[-1])
-
-
-def padded(head_dim: int) -> int:
-    """Channels of a head that travel: whole groups."""
-    return head_dim + -head_dim % group_of(head_dim)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 
 from attention.choice import choose, rate_of, seconds
 from attention.forecast import Problem
-from attention.kv_widths import Bits
+from attention.kv_bits import Bits
 from attention.partition import Partition
 from loopback_ranks import attempt, on_ranks
 from tasp_coll import ArgumentError, Communicator

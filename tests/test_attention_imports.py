@@ -18,7 +18,18 @@ QUANTIZER = ("tiles", "integers", "packing")  # what attention may know of dynas
 # Rooms in the order in which data flows; a module imports from those before it. The last four need transformers or are
 # for language models.
 ORDER = (
-    *("forecast", "agreement", "kernel_parts", "tracing", "dense", "partition", "blocks", "sequence", "check"),
+    *(
+        "forecast",
+        "agreement",
+        "kv_bits",
+        "kernel_parts",
+        "tracing",
+        "dense",
+        "partition",
+        "blocks",
+        "sequence",
+        "check",
+    ),
     *("kernels_host", "kernels_cuda", "kernels_flash_attn", "kernels"),
     *("merge_triton", "merge", "compute", "wire", "wire_bits", "kv_widths", "methods"),
     *("ulysses", "choice", "function", "kv_error", "training", "sharded_cache", "generation", "transformers"),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import attention
 from attention.dense import dense_attention
-from attention.kv_widths import Bits, allocated, codec_for
+from attention.kv_bits import Bits
+from attention.kv_widths import allocated, codec_for
 from attention.sequence import checked
 from attention.wire_bits import Codec
 from attention_cases import BASE, TOLERANCE, Case, Tensors, error
@@ -186,7 +187,7 @@ def test_other_bits_are_refused_on_every_rank(kv_bits: Any) -> None:
 
     for bad, one, differing in on_ranks(2, body):
         assert isinstance(bad, ArgumentError)
-        assert "kv_bits must be None, an integer from 2 to 8, 'dynamic' or 'dynamic:MEAN'" in str(bad)
+        assert "kv_bits must be None, an integer from 2 to 8, 'dynamic' or 'dynamic:MEAN' with a mean" in str(bad)
         assert isinstance(one, MismatchError)
         assert "rank 1 was called with a bad argument: kv_bits" in str(one)
         assert isinstance(differing, MismatchError)
