@@ -13,9 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "KvError": "kv_error",
     "Work": "check",
     "check_work": "check",
     "context_parallel_attention": "function",
+    "kv_error": "kv_error",
     "record": "tracing",
     "sequence_indices": "sequence",
     "shard_sequence": "sequence",
@@ -23,9 +25,11 @@ _HOME = {
 }
 
 __all__ = [
+    "KvError",
     "Work",
     "check_work",
     "context_parallel_attention",
+    "kv_error",
     "record",
     "sequence_indices",
     "shard_sequence",
@@ -35,6 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from attention.check import Work, check_work
     from attention.function import context_parallel_attention
+    from attention.kv_error import KvError, kv_error
     from attention.sequence import sequence_indices, shard_sequence, unshard_sequence
     from attention.tracing import record
 

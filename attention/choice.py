@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attention.forecast import Measured, Problem, Travel, forecast, operations, pairs
 from attention.kernels import kernel_for
+from attention.kv_bits import Bits
 from attention.partition import Partition
 
 _PROBE_TOKENS = 256
@@ -43,12 +44,21 @@ def rate_of(query: Tensor) -> float:
     return _rate(query.dtype, query.device, query.shape[3])
 
 
-def choose(comm: Any, partition: Partition, window: int | None, query: Tensor, key: Tensor, rate: float) -> str:
+def choose(
+    comm: Any,
+    partition: Partition,
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
+    rate: float,
+    bits: Bits | None = None,
+) -> str:
     """The method for this call. Where no topology is named there is no model: one ring, which nothing disturbs."""
     batch, heads, _, dim = query.shape
     problem = Problem(
         *(comm.size, partition.total, batch, heads, key.shape[1], dim, key.element_size(), partition.causal),
         window=window,
+        kv_bits=None if bits is None else bits.on_wire(dim),
     )
     work = operations(batch, heads, dim, pairs(partition.documents, partition.causal, window))
     found = seconds(comm.predicted_seconds, problem, work / comm.size / max(rate, 1.0))

@@ -33,7 +33,7 @@ class Problem:
     """An attention over `tokens` tokens in all, cut over `ranks` ranks.
 
     heads of queries, kv_heads of keys, head_dim elements each, of itemsize bytes. window: a token sees so many, itself
-    among them.
+    among them. kv_bits: of an element of keys and values as they travel; None: as they are.
     """
 
     ranks: int
@@ -46,6 +46,7 @@ class Problem:
     causal: bool = False
     backward: bool = False
     window: int | None = None
+    kv_bits: float | None = None
 
     @property
     def local(self) -> int:
@@ -56,6 +57,11 @@ class Problem:
     def shard_bytes(self) -> int:
         """A rank's keys and values."""
         return 2 * self.kv_heads * self._head_bytes
+
+    @property
+    def wire_bytes(self) -> int:
+        """The same as they travel."""
+        return self.shard_bytes if self.kv_bits is None else int(self.shard_bytes * self.kv_bits / 8) // self.itemsize
 
     @property
     def gradient_bytes(self) -> int:
@@ -69,8 +75,8 @@ class Problem:
 
     @property
     def dealt_bytes(self) -> int | None:
-        """What a rank sends in both all-to-alls of `ulysses`; None where heads cannot be dealt out."""
-        if not deals(self.heads, self.kv_heads, self.ranks):
+        """What a rank sends in both all-to-alls of `ulysses`; None where heads cannot be dealt out, or at few bits."""
+        if self.kv_bits is not None or not deals(self.heads, self.kv_heads, self.ranks):
             return None
         return 2 * (self.heads + max(self.kv_heads, self.ranks)) * self._head_bytes
 
@@ -246,7 +252,7 @@ def _stepwise(
     problem: Problem, method: str, links: Links, computing: Computing, interference: float
 ) -> Estimate | None:
     algorithm = STEPWISE[method]
-    keys = links(problem.shard_bytes, algorithm, "allgather")
+    keys = links(problem.wire_bytes, algorithm, "allgather")
     if keys is None:
         return None
     compute = computing.seconds(problem, keys.steps + 1)
@@ -274,7 +280,7 @@ def _mirrored(problem: Problem, keys: Travel, gradients: Travel, computing: Comp
 
 
 def _gathered(problem: Problem, links: Links, computing: Computing) -> Estimate | None:
-    keys = links(problem.shard_bytes, "auto", "allgather")
+    keys = links(problem.wire_bytes, "auto", "allgather")
     if keys is None:
         return None
     phases, held = [_phase(problem, computing, keys.seconds, 0.0, False, parts=2)], problem.shard_bytes

@@ -16,9 +16,12 @@ from attention.agreement import agree, refuse
 from attention.blocks import Task
 from attention.compute import Compute, Saved
 from attention.kernels import kernel_for
+from attention.kv_bits import Bits
+from attention.kv_widths import codec_for
 from attention.methods import Gather, Job, Local, Method, Rings
 from attention.partition import Partition, partition_of
 from attention.sequence import boundaries, check_tokens, checked
+from attention.tracing import span
 from attention.ulysses import Exchange, ToHeads, ToTokens, check_heads
 from tasp_coll import ArgumentError, ArgumentTypeError, Communicator
 
@@ -41,6 +44,7 @@ def context_parallel_attention(
     cu_seqlens: Sequence[int] | Tensor | None = None,
     window: int | None = None,
     method: str = "auto",
+    kv_bits: int | str | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over all ranks' keys: `scaled_dot_product_attention` of a sequence in shards.
 
@@ -57,6 +61,11 @@ def context_parallel_attention(
     method: "tasp" (all link-disjoint rings), "ring" (one), "allgather" (all keys at once, memory grows with the total),
         "ulysses" (heads over ranks), or "auto", which takes the fastest by the cost model and the measured speed of
         the kernel. On rings step t+1 travels while step t is computed.
+    kv_bits: None: keys and values travel as they are. 2 to 8: as integers of so many bits, with a scale of 8 more bits
+        for each 32 channels of a token (16 or 8 where head_dim is no multiple of 32); "dynamic": as integers of 0 and
+        2 to 8 bits, 4 in the mean, "dynamic:5" of 5, channels getting more by what an error there costs
+        (`attention.kv_widths`). A rank's own keys and values are exact; gradients travel in float32 and belong to
+        what arrived. Not for "ulysses". `attention.kv_error` tells what it costs.
 
     Returns (B, H, L, D) in query's dtype; differentiable once. Results do not change from run to run. Beyond inputs and
     results, "tasp" and "ring" hold two steps of keys and values forward (and copy a head of what a causal step needs);
@@ -66,7 +75,7 @@ def context_parallel_attention(
     if not isinstance(comm, Communicator):
         raise ArgumentTypeError(f"comm must be a tasp_coll.Communicator, got {type(comm).__name__}")
     described, bounds, error = {}, None, None
-    request = Request(query, key, value, bool(is_causal), scale, window, method)
+    request = Request(query, key, value, bool(is_causal), scale, window, method, kv_bits)
     try:
         request.check(attn_mask, dropout_p, enable_gqa, comm.size)
         bounds = boundaries(cu_seqlens)
@@ -80,7 +89,9 @@ def context_parallel_attention(
     check_tokens(agreed.tokens, partition, "query")
     if attn_mask is not None:
         _check_mask(comm, attn_mask, Task(partition, window, comm.rank))
-    name = choice.choose(comm, partition, window, query, key, agreed.figure) if method == "auto" else method
+    name = method
+    if method == "auto":
+        name = choice.choose(comm, partition, window, query, key, agreed.figure, Bits.of(kv_bits))
     return _attend(comm, partition, request, name)
 
 
@@ -95,12 +106,15 @@ class Request:
     scale: float | None
     window: int | None
     method: str
+    kv_bits: int | str | None = None
 
     def check(self, attn_mask: object, dropout_p: float, enable_gqa: bool, ranks: int) -> None:
         """ArgumentError for what this rank can see to be wrong."""
         self._check_tensors(enable_gqa)
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise refuse("method", f"be one of {', '.join(METHODS)}", repr(self.method))
+        if Bits.of(self.kv_bits) and self.method == "ulysses":
+            raise refuse("kv_bits", "be None with method 'ulysses': take 'tasp', 'ring' or 'allgather'", self.kv_bits)
         if self.method == "ulysses":
             check_heads(self.query.shape[1], self.key.shape[1], ranks)
         if dropout_p:
@@ -162,6 +176,7 @@ class Request:
             "cu_seqlens": bounds,
             "window": self.window,
             "method": self.method,
+            "kv_bits": self.kv_bits,
             "grad": torch.is_grad_enabled() and any(x.requires_grad for x in (self.query, self.key, self.value)),
         }
 
@@ -171,7 +186,12 @@ def _attend(comm: Any, partition: Partition, request: Request, method: str) -> T
     scale = 1 / math.sqrt(query.shape[3]) if request.scale is None else float(request.scale)
     compute = Compute(kernel_for(query), scale)
     if method != "ulysses" or comm.size == 1:
-        job = Job(comm, Task(partition, request.window, comm.rank), compute)
+        bits = Bits.of(request.kv_bits) if comm.size > 1 else None
+        codec = None
+        if bits is not None:
+            with torch.no_grad(), span("pack"):
+                codec = codec_for(comm, bits, query, key, value, scale, partition.total)
+        job = Job(comm, Task(partition, request.window, comm.rank), compute, codec)
         return _Attention.apply(query, key, value, job, Local() if comm.size == 1 else _STEPWISE[method])
     exchange = Exchange(comm, partition)
     bounds = partition.documents if len(partition.documents) > 2 else None

@@ -3,7 +3,8 @@
 `Rings` is the paper's method (`tasp`: all rings) and ring attention (`ring`: one), which differ in nothing but the
 number of rings. Forward holds two steps of keys and values: the one that is computed with, and the one that travels.
 Backward sends them round in the opposite direction, so that each rank's gradients, collected on the way, are home after
-n-1 hops.
+n-1 hops. Where keys and values travel in few bits, backward sends the same integers again: it differentiates what
+forward computed, and hands the gradients of what arrived to what was sent (straight through).
 """
 
 from __future__ import annotations
@@ -22,15 +23,31 @@ from attention.kernel_parts import wide
 from attention.merge import Partial
 from attention.partition import Indices
 from attention.tracing import note, span
+from attention.wire_bits import Codec
 
 
 @dataclass(frozen=True)
 class Job:
-    """One rank's side of an attention: what is to be computed, with what, and who the others are."""
+    """One rank's side of an attention: what is to be computed, with what, and who the others are.
+
+    codec: by which keys and values travel; None: as they are.
+    """
 
     comm: Any  # tasp_coll.Communicator
     task: Task
     compute: Compute
+    codec: Codec | None = None
+
+    def sent(self, tokens: Tensor) -> Tensor:
+        """(..., 2, B, Hkv, D) as it travels."""
+        return tokens if self.codec is None else self.codec.encode(tokens)
+
+    def received(self, data: Tensor, dtype: torch.dtype, step: int = -1) -> Tensor:
+        """The way back, into keys' dtype."""
+        if self.codec is None:
+            return data
+        with span("pack", step):
+            return self.codec.decode(data, dtype)
 
 
 class Method(Protocol):
@@ -88,9 +105,9 @@ class Rings:
         requests.release()  # so that it travels while the next part is computed
 
     def _arrivals(self, job: Job, key: Tensor, value: Tensor, reverse: bool) -> Iterator[tuple[int, Layout, Tensor]]:
-        """(step, layout, rows) of each step, the first this rank's own."""
+        """(step, layout, rows) of each step; the first is this rank's own, whose rows nobody needs."""
         with span("pack"):
-            rows = wire.pack(job.task.partition, job.task.rank, key, value)
+            rows = job.sent(wire.pack(job.task.partition, job.task.rank, key, value))
         with job.comm.allgather_steps(rows, algorithm=self.algorithm, reverse=reverse, donate=True) as stream:
             arrivals = iter(stream)
             for step, layout in enumerate(stream.layout):
@@ -98,7 +115,8 @@ class Rings:
                     arrival = next(arrivals)
                 if arrival.began is not None and arrival.ended is not None:
                     note("transfer", step, arrival.began, arrival.ended)
-                yield step, tuple((row.source, row.start, row.stop) for row in layout), arrival.data
+                rows = job.received(arrival.data, key.dtype, step) if step else arrival.data
+                yield step, tuple((row.source, row.start, row.stop) for row in layout), rows
 
 
 class Gather:
@@ -130,9 +148,10 @@ class Gather:
     def _gathered(job: Job, key: Tensor, value: Tensor) -> Tensor:
         """(total, 2, B, Hkv, D), rank after rank."""
         with span("pack"):
-            tokens = torch.stack([key, value]).permute(3, 0, 1, 2, 4).contiguous()
+            tokens = job.sent(torch.stack([key, value]).permute(3, 0, 1, 2, 4).contiguous())
         with span("wait"):
-            return job.comm.decomposed_allgatherv(tokens)
+            gathered = job.comm.decomposed_allgatherv(tokens)
+        return job.received(gathered, key.dtype)
 
 
 class Local:

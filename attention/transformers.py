@@ -29,6 +29,7 @@ import tasp_coll
 from attention.agreement import agree, refuse
 from attention.function import METHODS, context_parallel_attention
 from attention.generation import sharded_generation
+from attention.kv_bits import Bits
 from attention.sharded_cache import ShardedCache, Step, decode
 from attention.training import global_loss, shard_batch, sync_gradients
 
@@ -46,10 +47,13 @@ _WHOLE = (
 )
 
 
-def register(comm: tasp_coll.Communicator, name: str = "tasp", *, method: str = "auto") -> None:
+def register(
+    comm: tasp_coll.Communicator, name: str = "tasp", *, method: str = "auto", kv_bits: int | str | None = None
+) -> None:
     """Make `attn_implementation=name` mean context-parallel attention over the ranks of `comm`.
 
-    method: as in `attention.context_parallel_attention`. Registering a name again replaces it; models look it up at
+    method, kv_bits: as in `attention.context_parallel_attention`; decoding sends no keys and goes by the exact ones of
+    the cache. Registering a name again replaces it; models look it up at
     each call. Other names serve other communicators side by side. No mask is built. What a model asks for that split
     attention cannot do is an ArgumentError or a MismatchError on every rank, before data moves: padding, dropout,
     output_attentions, masks of one's own, chunked attention, RoPE whose frequencies depend on the length.
@@ -58,17 +62,19 @@ def register(comm: tasp_coll.Communicator, name: str = "tasp", *, method: str = 
         raise tasp_coll.ArgumentTypeError(f"comm must be a tasp_coll.Communicator, got {type(comm).__name__}")
     if method not in METHODS:
         raise refuse("method", f"be one of {', '.join(METHODS)}", repr(method))
+    if Bits.of(kv_bits) and method == "ulysses":
+        raise refuse("kv_bits", "be None with method 'ulysses'", repr(kv_bits))
     if name == "eager" or not isinstance(AttentionInterface().get(name), (TaspAttention, type(None))):
         raise refuse("name", "be free, or one that was registered here", repr(name))
-    AttentionInterface.register(name, TaspAttention(comm, name, method))
+    AttentionInterface.register(name, TaspAttention(comm, name, method, kv_bits))
     AttentionMaskInterface.register(name, _no_mask)
 
 
 class TaspAttention:
     """The attention function of one registered name."""
 
-    def __init__(self, comm: tasp_coll.Communicator, name: str, method: str) -> None:
-        self.comm, self.name, self.method = comm, name, method
+    def __init__(self, comm: tasp_coll.Communicator, name: str, method: str, kv_bits: int | str | None) -> None:
+        self.comm, self.name, self.method, self.kv_bits = comm, name, method, kv_bits
 
     def __call__(
         self,
@@ -133,6 +139,7 @@ class TaspAttention:
             cu_seqlens=cu_seqlens,
             window=window,
             method=self.method,
+            kv_bits=self.kv_bits,
         )
         return out if out.shape[2] == total else torch.nn.functional.pad(out, (0, 0, 0, total - out.shape[2]))
 

@@ -32,7 +32,7 @@ def pack(matrix: Quantized) -> Tensor:
         codes = codes[order]
     parts = [_nibbles(bits), matrix.steps.reshape(-1).bfloat16().view(torch.uint8)]
     runs = codes.split(list(counts.values()))
-    parts += [_squeeze(run, width) for width, run in zip(counts, runs, strict=True) if width]
+    parts += [squeeze(run.view(1, -1), width).view(-1) for width, run in zip(counts, runs, strict=True) if width]
     return torch.cat(parts)
 
 
@@ -61,33 +61,37 @@ def unpack(packed: Tensor, shape: tuple[int, ...], *, block: Block | None = None
     for (width, many), run in zip(counts.items(), codes.split(list(counts.values())), strict=True):
         end = at + many * block.size // _GROUP * width
         if width:
-            _spread(packed[at:end], width, run.view(_GROUP, -1))
+            run.view(1, -1).copy_(spread(packed[at:end].view(1, -1), width))
         at = end
     if len(counts) > 1:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
     return Quantized(_strips(codes, grid, block), steps.view(grid), bits.view(grid), tuple(shape), block, signed)
 
 
-def _squeeze(codes: Tensor, width: int) -> Tensor:
-    """(n, size) integers below 2^width -> (n * size * width / 8,) bytes."""
-    eighths = codes.reshape(_GROUP, -1)
-    planes = codes.new_zeros((width, eighths.shape[1]))
+def squeeze(codes: Tensor, width: int) -> Tensor:
+    """(n, size) uint8 integers below 2^width -> (n, size * width / 8) bytes, row by row. size: a multiple of 8."""
+    if width == WIDTHS[-1]:
+        return codes
+    eighths = codes.unflatten(-1, (_GROUP, codes.shape[-1] // _GROUP))
+    planes = codes.new_zeros((len(codes), width, eighths.shape[-1]))
     for place, (plane, shift) in _places(width):
-        planes[plane] |= eighths[place] << shift
+        planes[:, plane] |= eighths[:, place] << shift
         if shift + width > 8:
-            planes[plane + 1] |= eighths[place] >> 8 - shift
-    return planes.view(-1)
+            planes[:, plane + 1] |= eighths[:, place] >> 8 - shift
+    return planes.flatten(1)
 
 
-def _spread(packed: Tensor, width: int, eighths: Tensor) -> None:
-    """The way back: (n * width / 8,) bytes into (8, n / 8) integers."""
-    planes = packed.view(width, -1)
+def spread(packed: Tensor, width: int) -> Tensor:
+    """The way back: (n, bytes) -> (n, bytes * 8 / width) integers."""
+    if width == WIDTHS[-1]:
+        return packed
+    planes = packed.unflatten(-1, (width, packed.shape[-1] // width))
+    eighths = packed.new_empty((len(packed), _GROUP, planes.shape[-1]))
     for place, (plane, shift) in _places(width):
-        torch.bitwise_right_shift(planes[plane], shift, out=eighths[place])
+        torch.bitwise_right_shift(planes[:, plane], shift, out=eighths[:, place])
         if shift + width > 8:
-            eighths[place] |= planes[plane + 1] << 8 - shift
-    if width < 8:
-        eighths &= (1 << width) - 1
+            eighths[:, place] |= planes[:, plane + 1] << 8 - shift
+    return eighths.bitwise_and_((1 << width) - 1).flatten(1)
 
 
 def _places(width: int) -> list[tuple[int, tuple[int, int]]]:

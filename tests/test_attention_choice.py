@@ -7,17 +7,18 @@ import torch
 
 from attention.choice import choose, rate_of, seconds
 from attention.forecast import Problem
+from attention.kv_bits import Bits
 from attention.partition import Partition
 from loopback_ranks import attempt, on_ranks
 from tasp_coll import ArgumentError, Communicator
 
 
-def chosen(topology: str | None, rate: float, total: int = 1 << 18, heads: int = 7) -> str:
+def chosen(topology: str | None, rate: float, total: int = 1 << 18, heads: int = 7, kv_bits: str | None = None) -> str:
     ranks = 8
 
     def body(comm: Communicator) -> str:
         query = torch.empty(1, 1, 1, 1).expand(1, heads, total // ranks, 64)
-        return choose(comm, Partition.of(total, ranks, True), None, query, query, rate)
+        return choose(comm, Partition.of(total, ranks, True), None, query, query, rate, Bits.of(kv_bits))
 
     found = on_ranks(ranks, body, topology=topology)
     assert len(set(found)) == 1, "all ranks alike"
@@ -32,6 +33,12 @@ def test_all_rings_where_links_are_the_limit() -> None:
 def test_one_ring_where_it_hides_or_nothing_is_faster() -> None:
     assert chosen("full_mesh:8", 1e12) == "ring"
     assert chosen("nvswitch:8", 1e16) == "ring"
+
+
+def test_few_bits_are_hidden_sooner_and_heads_are_not_dealt_out() -> None:
+    assert chosen("full_mesh:8", 1e16, heads=8, kv_bits="dynamic") == "tasp"
+    assert chosen("full_mesh:8", 5e13) == "tasp"
+    assert chosen("full_mesh:8", 5e13, kv_bits="dynamic") == "ring"
 
 
 def test_without_a_topology_nothing_is_known_of_links() -> None:

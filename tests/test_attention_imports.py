@@ -1,4 +1,4 @@
-"""attention stands on tasp_coll's public names, and loads nothing that a caller may not have."""
+"""attention stands on tasp_coll's public names and dynasty's integers, and loads nothing that a caller may not have."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ from pathlib import Path
 import pytest
 
 import attention
+import dynasty
 import tasp_coll
 
 PACKAGE = Path(attention.__file__).parent
+QUANTIZER = ("tiles", "integers", "packing")  # what attention may know of dynasty
 # Rooms in the order in which data flows; a module imports from those before it. The last four need transformers or are
 # for language models.
 ORDER = (
-    *("forecast", "agreement", "kernel_parts", "tracing", "dense", "partition", "blocks", "sequence", "check"),
+    *(
+        "forecast",
+        "agreement",
+        "kv_bits",
+        "kernel_parts",
+        "tracing",
+        "dense",
+        "partition",
+        "blocks",
+        "sequence",
+        "check",
+    ),
     *("kernels_host", "kernels_cuda", "kernels_flash_attn", "kernels"),
-    *("merge_triton", "merge", "compute", "wire", "methods"),
-    *("ulysses", "choice", "function", "training", "sharded_cache", "generation", "transformers"),
+    *("merge_triton", "merge", "compute", "wire", "wire_bits", "kv_widths", "methods"),
+    *("ulysses", "choice", "function", "kv_error", "training", "sharded_cache", "generation", "transformers"),
 )
 
 
-def imports(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+def imports(module: Path) -> set[str]:
+    tree = ast.parse(module.read_text())
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -40,12 +53,20 @@ def test_every_module_has_its_place() -> None:
 
 @pytest.mark.parametrize("module", ORDER)
 def test_data_flows_one_way(module: str) -> None:
-    for name in imports(module):
+    for name in imports(PACKAGE / f"{module}.py"):
         room, _, rest = name.partition(".")
         if room == "attention" and rest and rest.split(".")[0] in ORDER:
             assert ORDER.index(rest.split(".")[0]) < ORDER.index(module), f"{module} imports {name}"
         if room == "tasp_coll" and rest:
             assert rest in tasp_coll.__all__, f"{module} imports {name}, which is not public"
+        if room == "dynasty":
+            assert rest.split(".")[0] in QUANTIZER, f"{module} imports {name}"
+
+
+def test_dynasty_knows_nothing_of_attention_but_how_ranks_agree() -> None:
+    for path in Path(dynasty.__file__).parent.glob("*.py"):
+        found = {name for name in imports(path) if name.split(".")[0] == "attention"}
+        assert all(name.startswith("attention.agreement") for name in found), f"{path.name} imports {found}"
 
 
 def test_importing_attention_is_light() -> None:
@@ -57,9 +78,11 @@ def test_importing_attention_is_light() -> None:
 
 def test_public_names() -> None:
     assert sorted(attention.__all__) == [
+        "KvError",
         "Work",
         "check_work",
         "context_parallel_attention",
+        "kv_error",
         "record",
         "sequence_indices",
         "shard_sequence",

@@ -26,7 +26,7 @@ import attention_options  # noqa: E402
 from attention.dense import dense_attention  # noqa: E402
 from attention.forecast import Problem, overlapped  # noqa: E402
 from attention_measure import Parts, _times  # noqa: E402
-from attention_report import Common, Result, ratio, rings_gain, row  # noqa: E402
+from attention_report import Common, Errors, Result, ratio, rings_gain, row  # noqa: E402
 from attention_silent import SilentTransport  # noqa: E402
 
 MpiRun = Callable[..., CompletedProcess[str]]
@@ -35,7 +35,20 @@ TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "8", "-n", "2", "-w", "
 FIELDS = {
     *("method", "time_us", "compute_us", "exposed_us", "merge_us", "ratio", "ccr", "comm_us", "alone_us", "ideal_us"),
     "predicted_us",
-    *("error", "peak_bytes", "kernel", "seq_len", "batch", "heads", "kv_heads", "head_dim", "dtype", "causal"),
+    *(
+        "kv_bits",
+        "rms_error",
+        "error",
+        "peak_bytes",
+        "kernel",
+        "seq_len",
+        "batch",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "dtype",
+        "causal",
+    ),
     *("backward", "window"),
 }
 
@@ -88,6 +101,19 @@ def test_lengths_that_do_not_divide_and_a_window(mpirun: MpiRun, tmp_path: Path)
     assert all(result["error"] < 1e-10 for result in results)
 
 
+def test_few_bits_side_by_side(mpirun: MpiRun, tmp_path: Path) -> None:
+    path = tmp_path / "o.json"
+    flags = ["--seq-len", "61", "--causal", "--check", "--kv-bits", "none,8,dynamic", "--json", str(path)]
+    ended = mpirun(2, [TOOL, *TINY, "--method", "tasp,compute", *flags])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    *results, compute = json.loads(path.read_text())["results"]
+    assert [result["kv_bits"] for result in results] == [None, 8, "dynamic"]
+    assert compute["kv_bits"] is None
+    exact, eight, dynamic = (result["rms_error"] for result in results)
+    assert exact < 1e-6 < eight < 0.01 < dynamic < 0.2
+    assert "tasp/dynamic" in ended.stdout
+
+
 def test_one_rank_has_no_communication(mpirun: MpiRun, tmp_path: Path) -> None:
     path = tmp_path / "o.json"
     ended = mpirun(1, [TOOL, *TINY, "--seq-len", "20", "--method", "tasp", "--json", str(path)])
@@ -111,6 +137,7 @@ def test_without_communication(mpirun: MpiRun) -> None:
         (["--no-comm", "--check"], "--check needs data"),
         (["--no-comm", "--method", "sdpa"], "sdpa does not communicate"),
         (["--meth", "tasp"], "unrecognized arguments"),
+        (["--kv-bits", "none,9"], "must be none, 2 to 8, dynamic or dynamic:MEAN, got '9'"),
     ],
 )
 def test_wrong_flags(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +243,7 @@ def test_of_each_iteration_the_slowest_rank_counts() -> None:
     assert times.exchange[0] == (7.0,)
 
 
-def result(method: str, error: float | None = None, named: bool = True) -> Result:
+def result(method: str, error: float | None = None, named: bool = True, kv_bits: int | str | None = None) -> Result:
     options = attention_options.parse(None, ["--backward"], quiet=True)
     mesh = Topology.preset("full_mesh:8")
     problem = Problem(8, 4096, heads=8, kv_heads=8, head_dim=64, itemsize=4, backward=True)
@@ -224,7 +251,8 @@ def result(method: str, error: float | None = None, named: bool = True) -> Resul
         options, 8, "cpu", {"compute": (2.0, 4.0), "allgather": (1.0, 2.0)}, (4.0, 8.0), mesh, named, problem
     )
     parts = (Parts(3.0, (1.0, 1.0, 0.5), (0.0, 0.0, 0.0)), Parts(5.0, (2.0, 1.0, 1.5), (1.0, 0.0, 0.0)))
-    return Result(common, method, True, parts, 1.0, error, None)
+    errors = None if error is None else Errors(error, error)
+    return Result(common, method, kv_bits, True, parts, 1.0, errors, None)
 
 
 def test_figures_of_a_result() -> None:
@@ -238,7 +266,11 @@ def test_figures_of_a_result() -> None:
     assert found["predicted_us"] == pytest.approx(6e6, rel=0.01), "links of 1 GB/s are no limit"
     assert result("ring", named=False).record()["predicted_us"] is None, "nobody said what the links are"
     assert result("allgather").record()["predicted_us"] == pytest.approx(3e6, rel=0.01), "by its own computation"
-    assert len(row(result("tasp", 1e-7)).split()) == 12
+    assert len(row(result("tasp", 1e-7)).split()) == 13
+    few = result("ring", kv_bits=8).record()
+    share = 8.25 / 32
+    assert few["ideal_us"] == pytest.approx((7 * max(0.25, 4 * share / 7) + 0.25 + 4 * (1 + share) + 0.5) * 1e6)
+    assert row(result("tasp", kv_bits="dynamic")).split()[0] == "tasp/dynamic"
 
 
 def test_ratios_are_taken_within_iterations() -> None:

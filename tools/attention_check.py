@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from attention.dense import dense_attention
+from attention.kv_bits import Bits
 from attention_measure import Bench
 from attention_methods import Method
 from attention_options import COMPUTE
+from attention_report import Errors
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -18,28 +20,33 @@ if TYPE_CHECKING:
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}
 
 
-def errors(bench: Bench, methods: list[Method]) -> list[float | None]:
-    """Of each method: the largest error of an element over the largest element of its tensor, the worst tensor's.
+def tolerance(dtype: str, kv_bits: int | str | None) -> float:
+    """What `Errors.largest` may be. In b bits a number is off by 2^-b of its group's peak at most."""
+    bits = Bits.of(kv_bits)
+    return TOLERANCES[dtype] + (0.0 if bits is None else 2.0 ** (2 - bits.mean))
 
-    None for computing on no data.
-    """
+
+def errors(bench: Bench, methods: list[Method]) -> list[Errors | None]:
+    """Of each method; None for computing on no data."""
     wanted: dict[tuple[int, ...], list[Tensor]] = {}
     return [None if method.name == COMPUTE else _error(bench, method, wanted) for method in methods]
 
 
-def _error(bench: Bench, method: Method, wanted: dict[tuple[int, ...], list[Tensor]]) -> float:
+def _error(bench: Bench, method: Method, wanted: dict[tuple[int, ...], list[Tensor]]) -> Errors:
     """wanted: the reference by the order of tokens, on rank 0."""
     world, outcome = bench.world, bench.once(method)
     positions = world.gather(method.positions().tolist())
     inputs = [_whole(world, x, positions) for x in bench.inputs(method)]
     found = [_whole(world, x, positions) for x in (outcome.out, *outcome.gradients)]
-    error = 0.0
+    error = Errors(0.0, 0.0)
     if positions is not None:
         order = tuple(position for held in positions for position in held)
         if order not in wanted:
             wanted[order] = _dense(bench, [x for x in inputs if x is not None])
-        pairs = zip((x for x in found if x is not None), wanted[order], strict=True)
-        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        pairs = list(zip((x for x in found if x is not None), wanted[order], strict=True))
+        out, dense = pairs[0]
+        largest = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        error = Errors(largest, float((out - dense).norm() / dense.norm()))
     return world.bcast(error)
 
 

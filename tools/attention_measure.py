@@ -127,7 +127,7 @@ class Bench:
             exchange.forward,
             exchange.backward,
         ]
-        names = [method.name for method in methods] + [f"{method.name} alone" for method in alone]
+        names = [method.label for method in methods] + [f"{method.name} alone" for method in alone]
         names += ["exchange alone", "exchange back alone"]
         seen = np.zeros((len(calls), self.options.iters, 1 + 2 * len(KINDS)))
         for iteration in range(-self.options.warmup, self.options.iters):

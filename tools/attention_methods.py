@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 import attention
 import tasp_coll
-from attention_options import COMPUTE, OURS, Options
+from attention_options import COMPUTE, OURS, QUANTIZED, Options, label
 from perf_algorithms import join_gloo
 from perf_collective import Unsupported
 
@@ -27,8 +27,15 @@ class Method(ABC):
 
     recorded = True
 
+    kv_bits: int | str | None = None  # with which keys and values travel
+
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options = name, options
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return label(self.name, self.kv_bits)
 
     @abstractmethod
     def positions(self) -> Tensor:
@@ -42,9 +49,11 @@ class Method(ABC):
 class Ours(Method):
     """`context_parallel_attention`."""
 
-    def __init__(self, name: str, options: Options, comm: tasp_coll.Communicator) -> None:
+    def __init__(
+        self, name: str, options: Options, comm: tasp_coll.Communicator, kv_bits: int | str | None = None
+    ) -> None:
         super().__init__(name, options)
-        self._comm = comm
+        self._comm, self.kv_bits = comm, kv_bits
 
     def positions(self) -> Tensor:
         return attention.sequence_indices(self.options.seq_len, comm=self._comm, is_causal=self.options.causal)
@@ -59,6 +68,7 @@ class Ours(Method):
             comm=self._comm,
             window=self.options.window,
             method=OURS[0] if self.name == COMPUTE else self.name,
+            kv_bits=self.kv_bits,
         )
 
 
@@ -169,14 +179,15 @@ _PEERS: dict[str, type[Sdpa | Ringmaster]] = {
 def assemble(
     options: Options, world: MPI.Intracomm, comm: tasp_coll.Communicator, silent: tasp_coll.Communicator
 ) -> list[Method]:
-    """The methods that the user named, in that order. Unsupported for what cannot be made."""
+    """The methods that the user named, in that order, with each --kv-bits. Unsupported for what cannot be made."""
 
-    def make(name: str) -> Method:
+    def make(name: str) -> list[Method]:
         if name in _PEERS:
-            return _PEERS[name](name, options, world)
-        return Ours(name, options, silent if options.silent or name == COMPUTE else comm)
+            return [_PEERS[name](name, options, world)]
+        carrier = silent if options.silent or name == COMPUTE else comm
+        return [Ours(name, options, carrier, bits) for bits in (options.kv_bits if name in QUANTIZED else (None,))]
 
-    return [make(name) for name in options.methods]
+    return [method for name in options.methods for method in make(name)]
 
 
 def dismiss(methods: Sequence[Method]) -> None:

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention.kv_bits import Bits
 from perf_options import LARGEST, Parser, integer, seconds_of
+from tasp_coll import ArgumentError
 from tasp_coll.presets import KNOWN_SPECS
 
 TOOL = "attention_perf"
 OURS = ("tasp", "ring", "allgather", "ulysses", "auto")
 COMPUTE = "compute"
 WHOLE = ("allgather", "ulysses")  # which do not compute step by step
+QUANTIZED = ("tasp", "ring", "allgather", "auto")  # which can send keys and values in few bits
 PEERS = ("sdpa", "ringmaster", "ringmaster-zigzag")
 METHODS = (*OURS, COMPUTE, *PEERS)
 DEFAULT = OURS[:4]
@@ -28,6 +31,7 @@ class Options:
     """What the user asked for. seq_len: tokens of the whole sequence."""
 
     methods: tuple[str, ...]
+    kv_bits: tuple[int | str | None, ...]
     named: bool  # the user asked for these: one that cannot run is then an error
     seq_len: int
     batch: int
@@ -66,6 +70,7 @@ def parse(about: str | None, argv: Sequence[str] | None, *, quiet: bool) -> Opti
         parser.error(f"--no-comm silences tasp_coll, and {peers[0]} does not communicate by it")
     return Options(
         methods=given.method or DEFAULT,
+        kv_bits=given.kv_bits,
         named=given.method is not None,
         seq_len=given.seq_len,
         batch=given.batch,
@@ -131,6 +136,14 @@ def _add_compared(group: argparse._ArgumentGroup) -> None:
         help=f"any of {', '.join(METHODS)}, also repeatedly (default {','.join(DEFAULT)}, less those that cannot run)",
     )
     group.add_argument(
+        "--kv-bits",
+        type=_kv_bits,
+        default=(None,),
+        metavar="A,B,..",
+        help="tasp, ring, allgather and auto with keys and values that travel so, each in turn: none (as they are, the "
+        "default), 2 to 8, dynamic, or dynamic:MEAN",
+    )
+    group.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
@@ -187,6 +200,26 @@ def _methods(text: str) -> tuple[str, ...]:
     return names
 
 
+def kv_bits(text: str) -> int | str | None:
+    """`kv_bits` of a call: none, 8, dynamic."""
+    name = text.strip()
+    found = None if name == "none" else int(name) if name.isdecimal() else name
+    try:
+        Bits.of(found)
+    except ArgumentError:
+        raise argparse.ArgumentTypeError(f"must be none, 2 to 8, dynamic or dynamic:MEAN, got {name!r}") from None
+    return found
+
+
+def label(method: str, bits: int | str | None) -> str:
+    """A method with its bits, for tables."""
+    return method if bits is None else f"{method}/{bits}"
+
+
+def _kv_bits(text: str) -> tuple[int | str | None, ...]:
+    return tuple(kv_bits(name) for name in text.split(","))
+
+
 _EPILOG = """\
 methods
   tasp       keys and values travel on all link-disjoint rings while the step before is computed
@@ -218,12 +251,15 @@ columns
   CCR      C over T on one ring, in the head: below 1 communication takes longer
   peak     memory beyond inputs and results at the worst moment of a call, as the operating system saw it (Linux)
   error    of --check: the largest of any element, over the largest element of its tensor; the worst tensor counts
+  rms      of --check: the root mean square of the result's errors over that of the result
 
 exit status
   0 all is well; 1 an error of ours is above 1e-10 (float64), 1e-5 (float32), 4e-2 (bfloat16) or 5e-3 (float16), or a
-  call failed; 2 the command line or what it asks for is not possible here
+  call failed; at --kv-bits B (dynamic: its mean) 2^(2-B) more is allowed
+  2 the command line or what it asks for is not possible here
 
 examples
+  mpiexec -n 4 python tools/attention_perf.py --method tasp --kv-bits none,8,4,dynamic --dtype bfloat16 --check
   mpiexec -n 4 python tools/attention_perf.py --seq-len 8K --causal --backward --check
   mpiexec -n 4 python tools/attention_perf.py --method tasp,ring,compute --plot parts.png --trace trace.json
   On links that are the bottleneck, as between accelerators, only slower:

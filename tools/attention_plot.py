@@ -41,7 +41,7 @@ def draw(path: Path, title: str, results: Sequence[Result]) -> None:
     axes.axhline(
         sum(results[0].common.compute) * 1e3, color="black", linestyle="--", linewidth=1, label="compute alone"
     )
-    axes.set_xticks(places, [result.method for result in results])
+    axes.set_xticks(places, [result.label for result in results])
     axes.set(title=title, ylabel="time (ms)")
     axes.grid(axis="y", alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from attention.forecast import METHODS, Measured, Problem, forecast, overlapped
+from attention.kv_bits import Bits
 from attention_measure import Parts, Times
-from attention_options import COMPUTE, Options
+from attention_options import COMPUTE, Options, label
 from links_model import links_on
 from perf_report import figure
 from tasp_coll import Topology
@@ -18,8 +19,18 @@ _COLUMNS = (
     *(("method", "", -17), ("time", "(us)", 9), ("min", "(us)", 9), ("max", "(us)", 9), ("compute", "(us)", 9)),
     *(("exposed", "(us)", 9), ("merge", "(us)", 9), ("ratio", "", 6), ("ideal", "(us)", 9), ("model", "(us)", 9)),
     ("peak", "(MiB)", 8),
-    ("error", "", 8),
+    *(("error", "", 8), ("rms", "", 8)),
 )
+
+
+class Errors(NamedTuple):
+    """Of a method. largest: of any element over the largest of its tensor, result and gradients, the worst tensor's.
+
+    rms: the root mean square of the result's errors over that of the result.
+    """
+
+    largest: float
+    rms: float
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,16 @@ class Common:
         """How much shorter the exchange is on all rings than on one, by the links alone."""
         return rings_gain(self.topology, self.problem.shard_bytes)
 
-    def predicted(self, method: str) -> float | None:
+    def travelling(self, bits: Bits | None) -> Problem:
+        """The problem with keys and values in few bits."""
+        return self.problem if bits is None else replace(self.problem, kv_bits=bits.on_wire(self.problem.head_dim))
+
+    def predicted(self, method: str, bits: Bits | None) -> float | None:
         """Seconds by the cost model, from the topology's links and the computation that was measured alone."""
         if method not in METHODS or not self.named:
             return None
-        found = forecast(self.problem, method, links_on(self.topology), Measured(*self.works.get(method, self.compute)))
+        problem = self.travelling(bits)
+        found = forecast(problem, method, links_on(self.topology), Measured(*self.works.get(method, self.compute)))
         return None if found is None else found.seconds
 
     @property
@@ -68,13 +84,16 @@ class Common:
         """Computation over communication on one ring; None if there is none."""
         return sum(self.compute) / sum(self.exchange) if self.ranks > 1 else None
 
-    def ideal(self, method: str) -> float | None:
+    def ideal(self, method: str, bits: Bits | None) -> float | None:
         """Seconds, if the shorter one of computing and communicating is hidden at each step."""
         if method not in ("tasp", "ring"):
             return None
         gain = self.gain if method == "tasp" else 1.0
-        pairs = zip(self.compute, self.exchange, strict=True)
-        return sum(overlapped(self.ranks, compute, exchange / gain) for compute, exchange in pairs)
+        problem = self.travelling(bits)
+        keys, wire, gradients = problem.shard_bytes, problem.wire_bytes, problem.gradient_bytes
+        less = wire / keys, (wire + gradients) / (keys + gradients)  # forward, backward
+        parts = zip(self.compute, self.exchange, less, strict=True)
+        return sum(overlapped(self.ranks, compute, exchange * share / gain) for compute, exchange, share in parts)
 
 
 def _work(iterations: Sequence[Parts]) -> tuple[float, float]:
@@ -95,11 +114,17 @@ class Result:
 
     common: Common
     method: str
+    kv_bits: int | str | None
     recorded: bool  # it told where its time went
     iterations: tuple[Parts, ...]
     ratio: float
-    error: float | None
+    error: Errors | None
     peak_bytes: int | None
+
+    @property
+    def label(self) -> str:
+        """The method with its bits."""
+        return label(self.method, self.kv_bits)
 
     @property
     def times_us(self) -> list[float]:
@@ -113,13 +138,13 @@ class Result:
     @property
     def ideal_us(self) -> float | None:
         """See `Common.ideal`."""
-        ideal = self.common.ideal(self.method)
+        ideal = self.common.ideal(self.method, Bits.of(self.kv_bits))
         return None if ideal is None else ideal * 1e6
 
     @property
     def predicted_us(self) -> float | None:
         """See `Common.predicted`."""
-        predicted = self.common.predicted(self.method)
+        predicted = self.common.predicted(self.method, Bits.of(self.kv_bits))
         return None if predicted is None else predicted * 1e6
 
     def record(self) -> dict[str, Any]:
@@ -127,6 +152,7 @@ class Result:
         options, common, times = self.common.options, self.common, self.times_us
         return {
             "method": self.method,
+            "kv_bits": self.kv_bits,
             "time_us": {"min": min(times), "median": median(times), "max": max(times)},
             "compute_us": self.part_us("compute"),
             "exposed_us": self.part_us("wait"),
@@ -137,7 +163,8 @@ class Result:
             "alone_us": sum(common.compute) * 1e6,
             "ideal_us": self.ideal_us,
             "predicted_us": self.predicted_us,
-            "error": self.error,
+            "error": None if self.error is None else self.error.largest,
+            "rms_error": None if self.error is None else self.error.rms,
             "peak_bytes": self.peak_bytes,
             "kernel": common.kernel,
             "seq_len": options.seq_len,
@@ -172,11 +199,16 @@ def row(result: Result) -> str:
     """One line of the table."""
     times, parts = result.times_us, [result.part_us(kind) for kind in ("compute", "wait", "merge")]
     figures = [median(times), min(times), max(times), *parts]
-    cells = [result.method, *(_cell(value, 9) for value in figures), _cell(result.ratio, 6), _cell(result.ideal_us, 9)]
+    cells = [
+        result.label,
+        *(_cell(value, 9) for value in figures),
+        _cell(result.ratio, 6),
+        _cell(result.ideal_us, 9),
+    ]
     cells.append(_cell(result.predicted_us, 9))
     peak = None if result.peak_bytes is None else result.peak_bytes / 2**20
-    error = "-" if result.error is None else f"{result.error:.1e}"
-    return f"  {_line([*cells, _cell(peak, 8), error])}"
+    errors = ("-", "-") if result.error is None else (f"{error:.1e}" for error in result.error)
+    return f"  {_line([*cells, _cell(peak, 8), *errors])}"
 
 
 def _cell(value: float | None, width: int) -> str:

@@ -16,11 +16,11 @@ import attention_plot
 import tasp_coll
 from attention.kernels import kernel_for
 from attention.tracing import Span, write_chrome_trace
-from attention_check import TOLERANCES, errors
+from attention_check import errors, tolerance
 from attention_measure import Bench, Times
 from attention_methods import Method, Ours, assemble, dismiss
 from attention_options import COMPUTE, DEFAULT, TOOL, WHOLE, Options
-from attention_report import Common, Result, head, ratio, row
+from attention_report import Common, Errors, Result, head, ratio, row
 from attention_silent import SilentTransport, silenced
 from perf_collective import Unsupported
 from perf_launch import communicator, library
@@ -93,7 +93,7 @@ def _peak(bench: Bench, method: Method) -> int | None:
     if isinstance(method, Ours):
         silent = options.silent or method.name == COMPUTE
         fresh = _silent(options, bench.device) if silent else communicator(options.topology, options.timeout)
-        method = Ours(method.name, options, fresh)
+        method = Ours(method.name, options, fresh, method.kv_bits)
     bench.world.Barrier()
     grown = bench.world.allgather(attention_memory.peak_bytes(lambda: bench.once(method)))
     if fresh is not None:
@@ -125,7 +125,7 @@ def _results(
     comm: tasp_coll.Communicator,
     methods: Sequence[Method],
     times: Times,
-    wrongs: Sequence[float | None],
+    wrongs: Sequence[Errors | None],
     peaks: Sequence[int | None],
 ) -> list[Result]:
     """One for each method."""
@@ -134,7 +134,7 @@ def _results(
     kernel = kernel_for(torch.empty((1, 1, 1, options.head_dim), dtype=dtype, device=bench.device)).name
     common = Common.of(options, comm.topology, _named(options), kernel, dtype.itemsize, times)
     return [
-        Result(common, method.name, method.recorded, mine, ratio(mine, times.methods[0]), wrong, peak)
+        Result(common, method.name, method.kv_bits, method.recorded, mine, ratio(mine, times.methods[0]), wrong, peak)
         for method, mine, wrong, peak in zip(methods, times.methods, wrongs, peaks, strict=True)
     ]
 
@@ -148,7 +148,7 @@ def _wrong(method: Method, result: Result) -> bool:
     """Whether ours is; a peer's error is shown, and is its own affair."""
     if result.error is None or not isinstance(method, Ours):
         return False
-    return method.name != COMPUTE and not result.error <= TOLERANCES[result.common.options.dtype]
+    return method.name != COMPUTE and not result.error.largest <= tolerance(result.common.options.dtype, method.kv_bits)
 
 
 class _Report:

@@ -41,7 +41,7 @@ def _train(world: MPI.Intracomm, options: Options) -> int:
 
     torch.manual_seed(options.seed)  # the same weights on all ranks
     with communicator(options.topology, options.timeout) as comm:
-        register(comm, method=options.method)
+        register(comm, method=options.method, kv_bits=options.kv_bits)
         model, optimizer, done = _begin(world, options)
         text = torch.frombuffer(bytearray(held), dtype=torch.uint8)
         report = Report(comm, options, model)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention_options import kv_bits
 from perf_options import Parser, integer, seconds_of
 from tasp_coll.presets import KNOWN_SPECS
 
@@ -34,6 +35,7 @@ class Options:
     warmup: int
     seed: int
     method: str
+    kv_bits: int | str | None
     topology: str | None
     timeout: float | None
     save: Path | None
@@ -57,6 +59,8 @@ def parse(about: str | None, argv: Sequence[str] | None, *, quiet: bool) -> Opti
         parser.error(f"--width must be an even multiple of --heads, got {options.width} and {options.heads}")
     if options.heads % (options.kv_heads or options.heads):
         parser.error(f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}")
+    if options.kv_bits is not None and options.method == "ulysses":
+        parser.error("--kv-bits is not for --method ulysses")
     if options.save_every is not None and options.save is None:
         parser.error("--save-every needs --save DIR")
     return options
@@ -111,6 +115,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of weights and contexts (default 0)")
     group.add_argument("--method", choices=METHODS, default="auto", help="of attention (default auto)")
     group.add_argument(
+        "--kv-bits",
+        type=kv_bits,
+        metavar="BITS",
+        help="with which keys and values travel: none (as they are, the default), 2 to 8, dynamic, or dynamic:MEAN",
+    )
+    group.add_argument(
         "--topology",
         metavar="SPEC",
         help="a preset or a topology file (default: what TASP_COLL_TOPOLOGY names, else a full mesh)",
@@ -154,7 +164,8 @@ files
   --save   config.json and model.safetensors, which LlamaForCausalLM.from_pretrained(DIR) loads anywhere (with --window
            MistralForCausalLM; AutoModelForCausalLM either), and training.safetensors, which --resume needs besides
   --json   {{"tool", "version", "world_size", "transport", "topology", "model", "results": [{{"step", "loss",
-           "gradient_norm", "seconds", "tokens_per_second"}}]}}; model has parameters, seq_len, batch, dtype and method
+           "gradient_norm", "seconds", "tokens_per_second"}}]}}; model has parameters, seq_len, batch, dtype, method
+           and kv_bits
 
 exit status
   0 all is well; 1 a call failed; 2 the command line or what it asks for is not possible here

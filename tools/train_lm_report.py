@@ -38,7 +38,7 @@ class Report:
         self._comm, self._options = comm, options
         self._bar: Any = None
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        chosen = {name: getattr(options, name) for name in ("seq_len", "batch", "dtype", "method")}
+        chosen = {name: getattr(options, name) for name in ("seq_len", "batch", "dtype", "method", "kv_bits")}
         self._model = {"kind": type(model).__name__, "parameters": parameters, **chosen}
         self._rows = 0
         if comm.rank == 0:

@@ -172,6 +172,13 @@ def test_names_bind_communicators_and_methods(comm: tasp_coll.Communicator) -> N
             split.set_attn_implementation(name)
             loss = global_loss(split(**shard_batch(ids, ids, comm=used)).loss, comm=used)
             torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+    register(comm, "tasp-bits", kv_bits=8)
+    models.split.set_attn_implementation("tasp-bits")
+    few = global_loss(models.split(**shard_batch(ids, ids, comm=comm)).loss, comm=comm)
+    torch.testing.assert_close(few, want, rtol=1e-2, atol=1e-2)
+    assert (few != want) == (comm.size > 1)
+    with pytest.raises(tasp_coll.ArgumentError, match="kv_bits must be None, an integer"):
+        register(comm, "tasp-none", kv_bits=1)
     with pytest.raises(tasp_coll.ArgumentError, match="method must be one of auto, tasp"):
         register(comm, "tasp-none", method="none")
     with pytest.raises(tasp_coll.ArgumentError, match="name must be free"):
