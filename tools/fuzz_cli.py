@@ -31,6 +31,7 @@ import prove_options
 import show_plan
 import simulate_options
 import soak
+import train_dynasty_options
 import train_lm_options
 import train_step_perf
 import vcluster_options
@@ -57,6 +58,7 @@ TOOLS: dict[str, Parse] = {
     "show_plan": lambda argv: show_plan.parser().parse_args(argv),
     "simulate": lambda argv: simulate_options.parse(None, argv),
     "soak": lambda argv: soak.parse(argv, quiet=False),
+    "train_dynasty": lambda argv: train_dynasty_options.parse(None, argv, quiet=False),
     "train_lm": lambda argv: train_lm_options.parse(None, argv, quiet=False),
     "train_step_perf": lambda argv: train_step_perf.parse(argv, quiet=False),
     "virtual_cluster": vcluster_options.parse,

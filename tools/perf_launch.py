@@ -81,6 +81,13 @@ def check_outputs(world: MPI.Intracomm, paths: Mapping[str, Path | None]) -> Non
         raise Unsupported(fault)
 
 
+def agree(world: MPI.Intracomm, error: str) -> None:
+    """Unsupported on all ranks for what is wrong on one; an empty string: nothing is."""
+    told = next((each for each in world.allgather(error) if each), "")
+    if told:
+        raise Unsupported(told)
+
+
 def can_write(path: Path) -> bool:
     """Whether this can be a file, of a name that is not too long, in a directory that can be written to."""
     return os.access(path.absolute().parent, os.W_OK) and not os.path.isdir(path) and len(os.fsencode(path.name)) < 256

@@ -14,7 +14,7 @@ import perf_plot
 import tasp_coll
 import train_lm_checkpoint
 from perf_collective import Unsupported
-from perf_launch import can_write, communicator, launch
+from perf_launch import agree, can_write, communicator, launch
 from tasp_coll.bootstrap import launched_ranks
 from train_lm_options import Options, parse
 from train_lm_report import TOOL, Report, Step
@@ -99,7 +99,7 @@ def _begin(world: MPI.Intracomm, options: Options) -> tuple[Any, Any, int]:
         held = None if options.resume is None else train_lm_checkpoint.load(options.resume)
     except train_lm_checkpoint.CheckpointError as caught:
         error = f"--resume must be a checkpoint of --save, got {str(options.resume)!r}: {caught}"
-    _agree(world, error)
+    agree(world, error)
     model = _new_model(options) if held is None else held.model
     model.to(torch.float64 if options.dtype == "float64" else torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
@@ -132,16 +132,16 @@ def _text(world: MPI.Intracomm, options: Options) -> bytes:
     """All bytes of the text."""
     held, error = b"", ""
     try:
-        held = options.text.read_bytes() if options.text else b"".join(_sources())
+        held = options.text.read_bytes() if options.text else b"".join(sources())
     except OSError as caught:
         error = f"--text cannot be read: {caught}"
     if not error and len(held) < options.seq_len:
         error = f"--text must have --seq-len {options.seq_len} bytes at least, got {len(held)}"
-    _agree(world, error)
+    agree(world, error)
     return held
 
 
-def _sources() -> Iterator[bytes]:
+def sources() -> Iterator[bytes]:
     """The standard library's modules, in the order of their names."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         yield path.read_bytes()
@@ -162,7 +162,7 @@ def _check(world: MPI.Intracomm, options: Options) -> None:
             error = error or f"{flag} must be a {kind} in a directory that can be written to, got {str(path)!r}"
     if options.plot is not None and world.rank == 0:
         error = error or perf_plot.fault(options.plot)
-    _agree(world, error)
+    agree(world, error)
 
 
 def _imports(world: MPI.Intracomm) -> None:
@@ -176,18 +176,11 @@ def _imports(world: MPI.Intracomm) -> None:
         transformers.utils.logging.disable_progress_bar()
     except ImportError as missing:
         error = f"{missing}: {_PACKAGES}"
-    _agree(world, error)
+    agree(world, error)
 
 
 def _writable(path: Path, is_file: bool) -> bool:
     return can_write(path) if is_file else os.access(path.absolute().parent, os.W_OK) and not os.path.isfile(path)
-
-
-def _agree(world: MPI.Intracomm, error: str) -> None:
-    """What is wrong on one rank ends all."""
-    told = next((each for each in world.allgather(error) if each), "")
-    if told:
-        raise Unsupported(told)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""What train_dynasty.py compares: how a model computes, how its gradients travel, from which seed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from typing import Any
+
+WIDTHS = range(2, 9)  # bits of an equal precision
+LONG = 100  # steps with the loss at its start that are called a divergence
+_DYNAMIC = re.compile(r"dynamic:(\d{1,3}(?:\.\d{1,6})?)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model computes, as `text` says it. bits: of an equal precision; speedup: of a dynamic one over 8 bits."""
+
+    text: str
+    method: str
+    bits: int | None = None
+    speedup: float | None = None
+
+    def config(self, refresh: int, warmup: int) -> Any:
+        """As dynasty.Config."""
+        import dynasty
+
+        asked = {"bits": self.bits, "speedup": self.speedup}
+        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        return dynasty.Config(method=self.method, refresh=refresh, warmup=warmup, **given)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training. grads: how gradients travel between ranks; None where there is one."""
+
+    precision: Precision
+    grads: str | None
+    seed: int
+
+    @property
+    def row(self) -> tuple[str, str | None]:
+        """What is the same over seeds."""
+        return self.precision.text, self.grads
+
+    def __str__(self) -> str:
+        return f"{self.precision.text} {f'grads {self.grads} ' if self.grads else ''}seed {self.seed}"
+
+
+def precision(text: str) -> Precision:
+    """The type of one of --configs."""
+    if text == "float32":
+        return Precision(text, "float32")
+    if text.isdecimal() and text.isascii() and len(text) == 1 and int(text) in WIDTHS:
+        return Precision(text, "equal", bits=int(text))
+    if (found := _DYNAMIC.fullmatch(text)) and float(found[1]) >= 1:
+        return Precision(text, "dynamic", speedup=float(found[1]))
+    raise argparse.ArgumentTypeError(f"must be float32, bits from 2 to 8, or dynamic:S with S >= 1, got {text!r}")
