@@ -61,15 +61,16 @@ class Controller:
         loss: of the step, to see whether training goes well. comm: a `tasp_coll.Communicator` whose ranks train the
         same model on different data; statistics and losses are averaged, so that all have the same maps.
         """
+        loss = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         self.counts[0] += 1
         if self.layout.layers and self.config.method != "float32":
             self._count()
         if self.config.method == "dynamic":
             done = int(self.counts[0]) - self.config.warmup
             if done >= 0 and done % self.config.refresh == 0:
-                self._refresh(float(loss), comm)
+                self._refresh(loss, comm)
             else:
-                self._judge(float(loss))
+                self._judge(loss)
         self._watch()
 
     def report(self) -> Report:
