@@ -9,6 +9,7 @@ from pathlib import Path
 
 import perf_plot
 from break_links_cases import NOTHING_TO_HEAL, SCENARIOS, WORKLOADS
+from perf_launch import can_write
 
 
 def parse(tool: str, about: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,6 +68,6 @@ def _some_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 def _writable(text: str) -> Path:
     path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a directory that is there, got {text!r}")
+    if not can_write(path):
+        raise argparse.ArgumentTypeError(f"must be a file in a directory that can be written to, got {text!r}")
     return path

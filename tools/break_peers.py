@@ -13,6 +13,7 @@ import tasp_coll
 from break_peers_cases import CASES, RANKS, SYSTEMS, Case
 from break_peers_job import TOPOLOGY, Limits, run
 from break_peers_verdict import HEADER, Verdict, judge, line
+from perf_launch import can_write
 from perf_options import size
 from perf_report import write_json
 from vcluster_job import Stopped, signals_stop
@@ -124,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status. Wrong usage leaves by SystemExit(2)."""
     command = parser()
     asked = command.parse_args(argv)
-    if asked.json is not None and not asked.json.absolute().parent.is_dir():
-        command.error(f"--json must be a file in a directory that is there, got {str(asked.json)!r}")
+    if asked.json is not None and not can_write(asked.json):
+        command.error(f"--json must be a file in a directory that can be written to, got {str(asked.json)!r}")
     print(HEADER, flush=True)
     results = []
     try:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasp_coll.transport.mpi import requests_alive
 
 JUDGED_CALLS = 20_000  # fewer say nothing about memory: caches are still filling
-# How much the fitted line may rise over the second half of a run: noise of the allocator, and of caches that are full.
+# How much the fitted line may rise over the second half of a run, beyond its own uncertainty: noise of the allocator,
+# and of caches that are full.
 _ALLOWED = {"rss_bytes": 2 << 20, "descriptors": 0.5, "threads": 0.5, "requests": 200.0}
 
 
@@ -62,6 +64,7 @@ class Drift:
     last: float
     slope: float  # per call
     rise: float  # over the second half
+    uncertain: float  # twice the standard error of that
     flat: bool
 
     def record(self) -> dict[str, Any]:
@@ -81,7 +84,17 @@ def drifts(samples: Sequence[Sample]) -> list[Drift]:
     found = []
     for what, allowed in _ALLOWED.items():
         values = np.array([getattr(each, what) for each in late], float)
-        slope = float(np.polyfit(calls - calls[0], values, 1)[0])
-        rise = slope * float(calls[-1] - calls[0])
-        found.append(Drift(what, values[0], values[-1], slope, rise, rise <= allowed))
+        slope, error = _line(calls, values)
+        span = float(calls[-1] - calls[0])
+        rise, uncertain = slope * span, 2 * error * span
+        found.append(Drift(what, values[0], values[-1], slope, rise, uncertain, rise - uncertain <= allowed))
     return found
+
+
+def _line(calls: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, float]:
+    """Least squares: the slope, and its standard error."""
+    away = calls - calls.mean()
+    squares = float(away @ away)
+    slope = float(away @ values) / squares
+    left = values - values.mean() - slope * away
+    return slope, (float(left @ left) / max(1, len(calls) - 2) / squares) ** 0.5
