@@ -57,9 +57,9 @@ def parse(argv: Sequence[str] | None, about: str | None = None) -> Options:
 def _add_truth(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", type=_models, default=MODELS, metavar="A,B", help="of cnn, resnet (default both)")
-    add("--blocks", type=integer(1), default=16, metavar="N", help="of a layer's operand, drawn if more (default 16)")
+    add("--blocks", type=integer(1), default=12, metavar="N", help="of a layer's operand, drawn if more (default 12)")
     add("--batches", type=integer(2), default=20, metavar="N", help="that the loss is measured on (default 20)")
-    add("--dithers", type=integer(1), default=3, metavar="N", help="of a block on each batch (default 3)")
+    add("--dithers", type=integer(1), default=4, metavar="N", help="of a block on each batch (default 4)")
     add("--bits", type=int, choices=range(2, 9), default=4, metavar="B", help="of the one block (default 4)")
 
 
