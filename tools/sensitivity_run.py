@@ -71,7 +71,7 @@ def _train(
         optimizer.step()
         shape.step()
         model.dynasty.step(loss)
-        yield float(loss)
+        yield float(loss.detach())
 
 
 def _moment(options: Options, name: str, model: Any, step: int, loss: float, batches: list[Batch]) -> Moment:
