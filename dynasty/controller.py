@@ -59,8 +59,9 @@ class Controller:
     def step(self, loss: float | Tensor, comm: Any = None) -> None:
         """After a training step: count it, and every `refresh` steps make new maps. Collective if comm is given.
 
-        loss: of the step, to see whether training goes well. comm: a `tasp_coll.Communicator` whose ranks train the
-        same model on different data; statistics and losses are averaged, so that all have the same maps.
+        loss: of the step, to see whether training goes well: the mean over ranks. comm: a `tasp_coll.Communicator`
+        whose ranks train the same model on different data; statistics are averaged at each refresh, so that all ranks
+        have the same maps.
         """
         loss = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         self.counts[0] += 1
@@ -186,7 +187,7 @@ class Controller:
 
     def _mean_bits(self) -> dict[str, float]:
         names = ("activations", "weights", "gradients")
-        if not self.layout.layers:
+        if self.config.method == "float32":
             return dict.fromkeys(names, 32.0)
         widths, elements = self.layout.widths(), self.layout.meetings().elements
         pairs = zip((widths.x, widths.w, widths.g), (elements.x, elements.w, elements.g), strict=True)

@@ -120,7 +120,7 @@ class Quantizing(nn.Module):
             return x.float()
         rows = self.rows_of(x)
         signed = bool(rows.numel()) and bool(rows.amin() < 0)
-        if self.observing and rows.numel():
+        if self.observing and self.training and rows.numel():
             self.x_signed.fill_(signed)
             self._note("x_peak", self.x_block.peaks(strips := self.x_block.strips(rows.float())).square())
             self._note("x_square", self.x_block.sums(strips.square()) / self.x_block.size)

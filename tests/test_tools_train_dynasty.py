@@ -40,8 +40,8 @@ def test_trainings_go_seed_by_seed() -> None:
 @pytest.mark.parametrize(
     "argv, told",
     [
-        (["--configs", "9"], "must be float32, bits from 2 to 8, or dynamic:S with S >= 1, got '9'"),
-        (["--configs", "dynamic:0.5"], "S >= 1"),
+        (["--configs", "9"], "must be float32, bits from 2 to 8, or dynamic:S with S from 1 to 16, got '9'"),
+        (["--configs", "dynamic:17"], "S from 1 to 16"),
         (["--configs", "8,8"], "must have each value once"),
         (["--seeds", "1,-2"], "must be an integer >= 0"),
         (["--model", "cnn", "--data-set", "text"], "--data-set text is for --model llama"),

@@ -17,6 +17,11 @@ T = TypeVar("T")
 MODELS = ("cnn", "resnet", "llama")
 DATA_SETS = ("fashion-mnist", "cifar-100", "imagenet", "text")
 GRADS = ("float32", "bfloat16", "8", "dynamic")
+_SETTING = (
+    *("model", "width", "depth", "seq_len", "data_set", "images", "test_images"),
+    *("refresh", "warmup", "ramp", "epochs", "batch", "optimizer", "lr", "weight_decay", "mean_bits"),
+)
+_OBSERVED = 2  # dynasty.Config's
 # Of each model: optimizer, rate, weight decay, --width and --depth.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cnn": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "width": 16, "depth": 3},
@@ -42,6 +47,7 @@ class Options:
     against: str
     refresh: int
     warmup: int
+    ramp: float
     epochs: int
     batch: int
     optimizer: str
@@ -67,8 +73,7 @@ class Options:
 
     def setting(self, ranks: int) -> dict[str, Any]:
         """What must be the same for runs to be compared."""
-        names = "model width depth seq_len data_set images test_images refresh warmup epochs batch optimizer lr weight_decay"
-        return {**{name: getattr(self, name) for name in names.split()}, "ranks": ranks, "mean_bits": self.mean_bits}
+        return {**{name: getattr(self, name) for name in _SETTING}, "ranks": ranks}
 
 
 def parse(about: str | None, argv: Sequence[str] | None, *, quiet: bool) -> Options:
@@ -100,6 +105,10 @@ def _fault(options: Options) -> str:
         return f"--against must be one of --configs, got {options.against!r}"
     if options.images is not None and options.images < options.batch:
         return f"--images must be at least --batch {options.batch}, got {options.images}"
+    if options.ramp >= 1:
+        return f"--ramp must be below 1, got {options.ramp:g}"
+    if options.refresh < _OBSERVED:
+        return f"--refresh must be at least the {_OBSERVED} steps that are observed before it, got {options.refresh}"
     if options.resume and options.json is None:
         return "--resume needs --json PATH, whose runs it takes over"
     return ""
@@ -165,7 +174,14 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         "--refresh", type=integer(1), default=10, metavar="K", help="steps from one bit map to the next (default 10)"
     )
     group.add_argument(
-        "--warmup", type=integer(0), default=10, metavar="K", help="first steps, all in 8 bits, of dynamic (default 10)"
+        "--warmup", type=integer(1), default=10, metavar="K", help="first steps, all in 8 bits, of dynamic (default 10)"
+    )
+    group.add_argument(
+        "--ramp",
+        type=_number(0, True),
+        default=0.0,
+        metavar="R",
+        help="the budget of a step grows from 1 - R to 1 + R times its mean: late steps gain most (default 0)",
     )
 
 
@@ -182,7 +198,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--jobs", type=integer(1), default=1, metavar="N", help="trainings at a time (default 1)")
     group.add_argument("--threads", type=integer(1), default=1, metavar="N", help="of each training (default 1)")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ranks take GPUs in turn (default cpu)")
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where a single process trains (default cpu)"
+    )
 
 
 def _add_ranks(group: argparse._ArgumentGroup) -> None:

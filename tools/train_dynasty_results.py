@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -52,9 +52,12 @@ class Outcome:
         """For the file."""
         return asdict(self)
 
-    def ratio(self, name: str) -> float | None:
-        """What 8 bits cost over what this one does; name: cycles or energy_pj."""
-        return self.cost[f"{name}_8bit"] / self.cost[name] if self.cost else None
+    @property
+    def ratios(self) -> Mapping[str, float] | None:
+        """What all in 8 bits would have cost over what this one did: of modelled cycles and energy."""
+        if not self.cost:
+            return None
+        return {name: self.cost[f"{name}_8bit"] / self.cost[name] for name in ("cycles", "energy_pj")}
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,16 @@ class Row:
         return estimate([value for run in self.runs if (value := getattr(run, name)) is not None])
 
     def difference(self, name: str) -> Estimate | None:
-        """Paired by seed, of those that both have."""
+        """Paired by seed, of those that both have; None for the row itself."""
+        if self.runs == self.against:
+            return None
         theirs = {run.seed: getattr(run, name) for run in self.against}
         pairs = [(getattr(run, name), theirs.get(run.seed)) for run in self.runs]
         return estimate([mine - other for mine, other in pairs if mine is not None and other is not None])
 
-    def mean(self, value: Callable[[Outcome], float | None]) -> float | None:
-        """Over seeds."""
-        found = [each for run in self.runs if (each := value(run)) is not None]
+    def mean(self, name: str, part: str) -> float | None:
+        """Over seeds, of a part of what has several."""
+        found = [group[part] for run in self.runs if (group := getattr(run, name)) is not None]
         return mean(found) if found else None
 
 

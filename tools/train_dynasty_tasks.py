@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+TOOL = "train_dynasty"
 WIDTHS = range(2, 9)  # bits of an equal precision
+FASTEST = 16  # times 8 bits: all in 2
 LONG = 100  # steps with the loss at its start that are called a divergence
 _DYNAMIC = re.compile(r"dynamic:(\d{1,3}(?:\.\d{1,6})?)", re.ASCII)
 
@@ -21,13 +23,13 @@ class Precision:
     bits: int | None = None
     speedup: float | None = None
 
-    def config(self, refresh: int, warmup: int) -> Any:
-        """As dynasty.Config."""
+    def config(self, **others: Any) -> Any:
+        """As dynasty.Config; others: what it takes besides."""
         import dynasty
 
         asked = {"bits": self.bits, "speedup": self.speedup}
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        return dynasty.Config(method=self.method, refresh=refresh, warmup=warmup, **given)
+        return dynasty.Config(method=self.method, **given, **others)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def precision(text: str) -> Precision:
         return Precision(text, "float32")
     if text.isdecimal() and text.isascii() and len(text) == 1 and int(text) in WIDTHS:
         return Precision(text, "equal", bits=int(text))
-    if (found := _DYNAMIC.fullmatch(text)) and float(found[1]) >= 1:
+    if (found := _DYNAMIC.fullmatch(text)) and 1 <= float(found[1]) <= FASTEST:
         return Precision(text, "dynamic", speedup=float(found[1]))
-    raise argparse.ArgumentTypeError(f"must be float32, bits from 2 to 8, or dynamic:S with S >= 1, got {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"must be float32, bits from 2 to 8, or dynamic:S with S from 1 to 16, got {text!r}"
+    )
