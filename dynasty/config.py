@@ -64,14 +64,19 @@ class Config:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and low <= value <= high
             _need(name, number, f"be a number from {low} to {high}", value)
-        whole = self.steps is None or (isinstance(self.steps, int) and self.steps >= 1)
-        _need("steps", whole, "be None or an integer >= 1", self.steps)
+        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool) and self.steps >= 1
+        _need("steps", self.steps is None or whole, "be None or an integer >= 1", self.steps)
         number = isinstance(self.ramp, (int, float)) and 0 <= self.ramp < 1
         _need("ramp", number and (self.steps is not None or not self.ramp), "be 0, or below 1 with steps", self.ramp)
         _need("alarm", isinstance(self.alarm, (int, float)) and self.alarm > 1, "be a number above 1", self.alarm)
+        _need("widths", isinstance(self.widths, (tuple, list)), "be a tuple of integers", self.widths)
         known = all(width in (0, 2, 3, 4, 5, 6, 7, 8) for width in self.widths)
         rising = list(self.widths) == sorted(set(self.widths)) and len(self.widths) > 1
         _need("widths", known and rising and self.widths[-1] >= 2, "be rising, each 0 or 2 to 8", self.widths)
+        _need("block", isinstance(self.block, Block), "be a dynasty.Block", self.block)
+        _need("chip", isinstance(self.chip, Chip), "be a dynasty.Chip", self.chip)
+        names = isinstance(self.skip, (tuple, list)) and all(isinstance(name, str) for name in self.skip)
+        _need("skip", names, "be a tuple of names", self.skip)
 
     @property
     def mean_width(self) -> float:

@@ -53,6 +53,7 @@ class Controller:
         model.register_buffer("dynasty_figures", torch.tensor(figures, dtype=torch.float64))
         model.register_buffer("dynasty_spent", torch.zeros(_SPENT, dtype=torch.float64))
         self._priced: dict[tuple[int, ...], Cost] = {}
+        model.register_load_state_dict_post_hook(self._loaded)
         self._watch()
 
     def step(self, loss: float | Tensor, comm: Any = None) -> None:
@@ -62,15 +63,16 @@ class Controller:
         whose ranks train the same model on different data; statistics are averaged at each refresh, so that all ranks
         have the same maps.
         """
+        loss = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         self.counts[0] += 1
         if self.layout.layers and self.config.method != "float32":
             self._count()
         if self.config.method == "dynamic":
             done = int(self.counts[0]) - self.config.warmup
             if done >= 0 and done % self.config.refresh == 0:
-                self._refresh(float(loss), comm)
+                self._refresh(loss, comm)
             else:
-                self._judge(float(loss))
+                self._judge(loss)
         self._watch()
 
     def report(self) -> Report:
@@ -103,6 +105,11 @@ class Controller:
     def spent(self) -> Tensor:
         return self.model.get_buffer("dynasty_spent")
 
+    def _loaded(self, *_: Any) -> None:
+        """A checkpoint was read: it is at another step, with other widths."""
+        self._priced.clear()
+        self._watch()
+
     def _watch(self) -> None:
         """Whether the coming step's statistics are wanted: in the first steps and shortly before each refresh."""
         config, coming = self.config, int(self.counts[0]) + 1
@@ -131,10 +138,12 @@ class Controller:
         self._judge(loss)
         meetings = layout.meetings()
         whole = meetings.cycles(Widths(*(torch.full_like(each, 8) for each in (old.x, old.w, old.g))))
+        if not whole:  # nothing was trained yet that a map could be made for
+            return
         budget = self._budget(whole)
         curves = layout.curves(config.widths)
         width = 8 * math.sqrt(budget / whole) * config.gradient_share
-        found = assign(curves, meetings, old, budget, width, config.hysteresis)
+        found = _of_rank_0(assign(curves, meetings, old, budget, width, config.hysteresis), comm)
         layout.put(found)
         self._priced.clear()
         self._spend(analytics_cost(float(meetings.elements.w.sum()) * len(config.widths) + found.total))
@@ -184,6 +193,16 @@ class Controller:
         pairs = zip((widths.x, widths.w, widths.g), (elements.x, elements.w, elements.g), strict=True)
         means = (float((bits * count).sum() / count.sum().clamp_min(1)) for bits, count in pairs)
         return dict(zip(names, means, strict=True))
+
+
+def _of_rank_0(widths: Widths, comm: Any) -> Widths:
+    """Losses between refreshes and the last batch's rows may differ by rank, and budgets with them; maps must not."""
+    if comm is None or comm.size == 1:
+        return widths
+    parts = [widths.x, widths.w, widths.g]
+    flat = torch.cat(parts).cpu()
+    flat = comm.decomposed_allreduce(flat if comm.rank == 0 else torch.zeros_like(flat)).to(widths.x.device)
+    return Widths(*flat.split([len(part) for part in parts]))
 
 
 def _flat(cost: Cost) -> list[float]:

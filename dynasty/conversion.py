@@ -61,7 +61,9 @@ def _replaced(module: nn.Module, config: Config, name: str, made: dict[nn.Module
         if module not in made:
             made[module] = kind(module, config).train(module.training)
         return made[module]
-    for child, part in list(module.named_children()):
+    for child, part in list(module._modules.items()):  # named_children() tells of a layer used twice only once
+        if part is None:
+            continue
         new = _replaced(part, config, f"{name}.{child}" if name else child, made)
         if new is not part:
             setattr(module, child, new)

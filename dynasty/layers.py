@@ -135,7 +135,7 @@ class Quantizing(nn.Module):
         if self.config.method == "float32":
             return g.float()
         rows = self.rows_of(g)
-        if self.observing:
+        if self.observing and rows.numel():
             self._note("g_peak", self.g_block.peaks(strips := self.g_block.strips(rows.float())).square())
             self._note("g_square", self.g_block.sums(strips.square()) / self.g_block.size)
         return self.back(fake(rows, self.g_bits, self.g_block, rounding="stochastic"), g.shape)
@@ -147,6 +147,13 @@ class Quantizing(nn.Module):
         block = self.config.block
         self._note("w_slope", block.sums(block.strips(self.to_matrix(w_gradient)).square()) / block.size)
         self.seen += 1
+
+    def get_extra_state(self) -> Tensor:
+        """For checkpoints: how much there was to do, which the account of a training that goes on begins with."""
+        return torch.tensor([self.rows, self.input_rows])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.rows, self.input_rows = state.tolist()
 
     def statistics(self) -> Iterator[Tensor]:
         """The buffers that data-parallel ranks average."""
@@ -274,7 +281,7 @@ class _Gemms(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or layer.observing, ctx.needs_input_grad[1] or layer.observing
         with torch.autocast(grad.device.type, enabled=False):
             found = layer.gradients(layer.quantized_gradient(grad), x, weight, wanted)
-        if layer.observing:
+        if layer.observing and grad.numel():
             layer.observe(*found)
         asked = zip(found, ctx.needs_input_grad[:2], ctx.dtypes, strict=True)
         return *(value.to(dtype) if needed else None for value, needed, dtype in asked), None

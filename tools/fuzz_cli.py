@@ -29,6 +29,7 @@ import model_check
 import paper_tables
 import perf_options
 import prove_options
+import sensitivity_options
 import show_plan
 import simulate_options
 import soak
@@ -57,6 +58,7 @@ TOOLS: dict[str, Parse] = {
     "paper_tables": lambda argv: paper_tables.parser().parse_args(argv),
     "prove": prove_options.parse,
     "reduce_scatter_perf": lambda argv: perf_options.parse("reduce_scatter_perf", None, argv, quiet=False),
+    "sensitivity_check": sensitivity_options.parse,
     "show_plan": lambda argv: show_plan.parser().parse_args(argv),
     "simulate": lambda argv: simulate_options.parse(None, argv),
     "soak": lambda argv: soak.parse(argv, quiet=False),

@@ -1,0 +1,123 @@
+"""Rank correlations of what sensitivity_check.py measured, and whether they are good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensitivity_options import ANALYTICS, FEWEST, OVERALL, WITHIN
+
+Floats = NDArray[np.float64]
+_SPLITS = 50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One block. operand: "activations" or "weights"; number: its place among the layer's; changes: mean squared
+    changes of the loss, (batches,); estimate: of their mean; error: what rounding's error alone says.
+    """
+
+    layer: str
+    operand: str
+    number: int
+    changes: Floats
+    estimate: float
+    error: float
+
+    @property
+    def truth(self) -> float:
+        """Mean squared change of the loss."""
+        return float(self.changes.mean())
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of some blocks; NaN where all are the same."""
+
+    title: str
+    blocks: int
+    estimate: float
+    error_only: float
+    reliability: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was seen of a model at a step of its training."""
+
+    model: str
+    step: int
+    loss: float
+    analytics_share: float
+    blocks: tuple[Measured, ...]
+
+    @property
+    def figures(self) -> tuple[Figures, ...]:
+        """Of all blocks, each operand's, each layer's, and each layer's operand's, where there are enough."""
+        layers = list(dict.fromkeys(block.layer for block in self.blocks))
+        groups = [("all", self.blocks)]
+        groups += [(operand, self._of(None, operand)) for operand in ("activations", "weights")]
+        for layer in layers:
+            groups.append((f"layer {layer}", self._of(layer, None)))
+            groups += [(f"  {operand}", self._of(layer, operand)) for operand in ("activations", "weights")]
+        return tuple(figures(title, blocks) for title, blocks in groups if len(blocks) >= FEWEST)
+
+    def _of(self, layer: str | None, operand: str | None) -> tuple[Measured, ...]:
+        asked = [block for block in self.blocks if layer in (None, block.layer)]
+        return tuple(block for block in asked if operand in (None, block.operand))
+
+
+def figures(title: str, blocks: Sequence[Measured]) -> Figures:
+    """Of these blocks."""
+    changes = np.stack([block.changes for block in blocks])
+    truth = changes.mean(1)
+    estimate = spearman(np.array([block.estimate for block in blocks]), truth)
+    error_only = spearman(np.array([block.error for block in blocks]), truth)
+    return Figures(title, len(blocks), estimate, error_only, reliability(changes))
+
+
+def faults(moment: Moment, late: bool) -> list[str]:
+    """What does not hold of a moment."""
+    told = []
+    where = f"{moment.model}, step {moment.step}"
+    for each in moment.figures:
+        if each.title == "all" and not (each.estimate >= OVERALL and each.estimate > each.error_only):
+            told.append(f"{where}: all blocks' {each.estimate:.3f} must be >= {OVERALL} and > {each.error_only:.3f}")
+        least = min(WITHIN, each.reliability)
+        if each.title.startswith("layer") and not each.estimate >= least:
+            told.append(f"{where}: {each.title}'s {each.estimate:.3f} must be >= {least:.3f}")
+    if late and moment.analytics_share > ANALYTICS:
+        told.append(f"{where}: analytics must be <= {ANALYTICS:.0%}, got {moment.analytics_share:.2%}")
+    return told
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Rank correlation of (n,) and (n,); NaN if one of them is constant."""
+    a, b = _ranks(a), _ranks(b)
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / size if size else float("nan")
+
+
+def reliability(changes: Floats) -> float:
+    """Of the means over the batches of (blocks, batches): that of halves, stepped up (Spearman 1910, Brown 1910)."""
+    rng = np.random.default_rng(0)
+    batches = changes.shape[1]
+    halves = []
+    for _ in range(_SPLITS):
+        order = rng.permutation(batches)
+        first, second = order[: batches // 2], order[batches // 2 :]
+        halves.append(spearman(changes[:, first].mean(1), changes[:, second].mean(1)))
+    mean = float(np.mean(halves))
+    return 2 * mean / (1 + mean)
+
+
+def _ranks(values: Floats) -> Floats:
+    """From 0; equal values have the mean of theirs."""
+    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts) - 1
+    ranks: Floats = (last - (counts - 1) / 2)[where]
+    return ranks
