@@ -73,6 +73,8 @@ class Controller:
                 self._refresh(loss, comm)
             else:
                 self._judge(loss)
+        for layer in self.layout.layers:
+            layer.step_is_over = True
         self._watch()
 
     def report(self) -> Report:

@@ -44,6 +44,7 @@ class Quantizing(nn.Module):
         self.config, self.inputs, self.outputs = config, inputs, outputs
         self.observing = False
         self.rows = self.input_rows = 0  # of outputs' and inputs' matrices, in the last training step
+        self.step_is_over = True  # the controller says so; until then uses of the layer add up
         self.extra_macs = 0  # of an input gradient that only the statistics need
         self.x_block, self.g_block = channel_block(inputs, config.block), channel_block(outputs, config.block)
         weights = self.to_matrix(self.weight)
@@ -154,6 +155,14 @@ class Quantizing(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.rows, self.input_rows = state.tolist()
+
+    def count(self, rows: int, input_rows: int, first: bool) -> None:
+        """Adds a use of the layer to the step's; first: only the statistics want the gradient of its input."""
+        if self.step_is_over:
+            self.rows = self.input_rows = self.extra_macs = 0
+            self.step_is_over = False
+        self.rows, self.input_rows = self.rows + rows, self.input_rows + input_rows
+        self.extra_macs += rows * self.weight.numel() if first else 0
 
     def statistics(self) -> Iterator[Tensor]:
         """The buffers that data-parallel ranks average."""
@@ -268,10 +277,9 @@ class _Gemms(torch.autograd.Function):
             quantized, kernel_weight = layer.quantized_input(x), layer.quantized_weight()
             out = layer.product(quantized, kernel_weight)
         if layer.training:
-            layer.rows, layer.input_rows = out.numel() // layer.outputs, x.numel() // layer.inputs
+            layer.count(out.numel() // layer.outputs, x.numel() // layer.inputs, not ctx.needs_input_grad[0])
         ctx.save_for_backward(quantized, kernel_weight)
         ctx.layer, ctx.dtypes = layer, (x.dtype, weight.dtype)
-        layer.extra_macs = 0 if ctx.needs_input_grad[0] else layer.rows * layer.weight.numel()
         return out.to(x.dtype)
 
     @staticmethod

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dynasty
-from dynasty import Chip, Config
+from dynasty import Chip, Config, Cost
 from loopback_ranks import on_ranks
 
 
@@ -187,3 +187,19 @@ def test_bad_configurations(wrong: dict[str, Any]) -> None:
 def test_good_configurations() -> None:
     assert Config(speedup=4).mean_width == 4
     assert Config(widths=(0, 4, 8), steps=10, ramp=0.5, chip=Chip(side=16)).ramp == 0.5
+
+
+def test_every_use_of_a_layer_in_a_step_is_counted() -> None:
+    def cost(passes: int, batches: int) -> Cost:
+        layer = nn.Linear(32, 32)
+        model = dynasty.convert(nn.Sequential(*[layer] * passes), Config(method="equal", bits=4))
+        for _ in range(2):
+            for _ in range(batches):
+                model(torch.randn(16, 32)).sum().backward()
+            model.dynasty.step(1.0)
+        found: Cost = model.dynasty.cost()
+        return found
+
+    assert cost(1, 1).cycles == 2 * 3 * 16 * 32 * 32 / 4
+    assert cost(2, 1).cycles == cost(1, 2).cycles == 2 * cost(1, 1).cycles
+    assert cost(2, 1).macs == 2 * cost(1, 1).macs
