@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -195,3 +199,38 @@ def test_what_cannot_be_done_is_told_once_and_soon(mpirun: MpiRun, tmp_path: Pat
         ended = mpirun(ranks, [TOOL, *flags])
         assert ended.returncode == 2, ended.stderr
         assert ended.stderr.count(told) == 1, ended.stderr
+
+
+def test_workers_end_with_the_command_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "import train_dynasty_run\n"
+        "if __name__ == '__main__':\n"
+        "    begin = train_dynasty_run.leave_with\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=begin, initargs=(os.getpid(),))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOL.parent), str(REPOSITORY)])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=where) as parent:
+        assert parent.stdout is not None
+        worker = Path(f"/proc/{int(parent.stdout.readline())}")
+        assert worker.exists()
+        parent.kill()
+    for _ in range(200):
+        if not _runs(worker):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker goes on")
+
+
+def _runs(process: Path) -> bool:
+    """Whether it is there and no zombie, which an init that reaps nothing leaves."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

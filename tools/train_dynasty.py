@@ -63,7 +63,9 @@ def _outcomes(
         for task in tasks:
             yield train_dynasty_run.run(options, task, data, ranks, report.step)
         return
-    pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), initializer=train_dynasty_run.leave_with, initargs=(os.getpid(),)
+    )
     try:
         for future in as_completed([pool.submit(train_dynasty_run.run_alone, options, task) for task in tasks]):
             outcome = future.result()

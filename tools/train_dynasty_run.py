@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,17 @@ def run(
     """Train and test; the same outcome on all ranks. told: is called with the loss after each step."""
     torch.set_num_threads(options.threads)
     return _Training(options, task, data, ranks).run(told)
+
+
+def leave_with(parent: int) -> None:
+    """How a worker begins: it ends when the command that started it does, however that came about."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def run_alone(options: Options, task: Task) -> Outcome:
