@@ -132,14 +132,14 @@ class Controller:
             self._spend(analytics_cost(float(sum(layer.observation_macs for layer in observed))))
 
     def _spend(self, cost: Cost) -> None:
-        self.spent.add_(torch.tensor(_flat(cost), dtype=torch.float64, device=self.spent.device))
+        self.spent.copy_(torch.tensor(_flat(self.cost().plus(cost)), dtype=torch.float64))
 
     def _refresh(self, loss: float, comm: Any) -> None:
         layout, config, old = self.layout, self.config, self.layout.widths()
         loss = self._share(loss, comm)
         self._judge(loss)
         meetings = layout.meetings()
-        whole = meetings.cycles(Widths(*(torch.full_like(each, 8) for each in (old.x, old.w, old.g))))
+        whole = meetings.cycles(old.all_at(8))
         if not whole:  # nothing was trained yet that a map could be made for
             return
         budget = self._budget(whole)

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
-import torch
-
 from dynasty.chip import Chip
 from dynasty.maps import Meetings, Widths
 from dynasty.tiles import Block
@@ -48,9 +46,9 @@ class Energy:
         """pJ in all."""
         return sum(getattr(self, part.name) for part in fields(self))
 
-    def plus(self, other: Energy, times: int = 1) -> Energy:
-        """With so many times another's."""
-        return Energy(*(getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)))
+    def plus(self, other: Energy) -> Energy:
+        """With another's."""
+        return Energy(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Cost:
 
 def step_cost(meetings: Meetings, widths: Widths, block: Block, chip: Chip) -> Cost:
     """Of one training step with these widths, analytics left out."""
-    eights = Widths(*(torch.full_like(each, 8) for each in (widths.x, widths.w, widths.g)))
+    eights = widths.all_at(8)
     return Cost(
         steps=1,
         macs=meetings.macs,

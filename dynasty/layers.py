@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dynasty.config import Config
 from dynasty.operands import channel_block, channels_last, fake, images, kernel, kernel_matrix
+from dynasty.tiles import Block
 
 # Running means per block: of activations and gradients the squared peak and square of a value; of activations and
 # weights also the squared gradient that an element saw, which is what an error there does to the loss.
@@ -123,8 +124,7 @@ class Quantizing(nn.Module):
         signed = bool(rows.numel()) and bool(rows.amin() < 0)
         if self.observing and self.training and rows.numel():
             self.x_signed.fill_(signed)
-            self._note("x_peak", self.x_block.peaks(strips := self.x_block.strips(rows.float())).square())
-            self._note("x_square", self.x_block.sums(strips.square()) / self.x_block.size)
+            self._note_values("x", self.x_block, rows)
         return self.back(fake(rows, self.x_bits, self.x_block, signed=signed), x.shape)
 
     def quantized_weight(self) -> Tensor:
@@ -137,16 +137,15 @@ class Quantizing(nn.Module):
             return g.float()
         rows = self.rows_of(g)
         if self.observing and rows.numel():
-            self._note("g_peak", self.g_block.peaks(strips := self.g_block.strips(rows.float())).square())
-            self._note("g_square", self.g_block.sums(strips.square()) / self.g_block.size)
+            self._note_values("g", self.g_block, rows)
         return self.back(fake(rows, self.g_bits, self.g_block, rounding="stochastic"), g.shape)
 
     def observe(self, x_gradient: Tensor, w_gradient: Tensor) -> None:
         """The slopes; called last in an observed step."""
         strips = self.x_block.strips(self.rows_of(x_gradient).float())
-        self._note("x_slope", self.x_block.sums(strips.square()) / self.x_block.size)
+        self._note("x_slope", self.x_block.mean_squares(strips))
         block = self.config.block
-        self._note("w_slope", block.sums(block.strips(self.to_matrix(w_gradient)).square()) / block.size)
+        self._note("w_slope", block.mean_squares(block.strips(self.to_matrix(w_gradient))))
         self.seen += 1
 
     def get_extra_state(self) -> Tensor:
@@ -167,6 +166,11 @@ class Quantizing(nn.Module):
     def statistics(self) -> Iterator[Tensor]:
         """The buffers that data-parallel ranks average."""
         return (getattr(self, name) for name in STATISTICS)
+
+    def _note_values(self, operand: str, block: Block, rows: Tensor) -> None:
+        strips = block.strips(rows.float())
+        self._note(f"{operand}_peak", block.peaks(strips).square())
+        self._note(f"{operand}_square", block.mean_squares(strips))
 
     def _note(self, name: str, found: Tensor) -> None:
         held = getattr(self, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +36,8 @@ class Layout:
 
     def widths(self) -> Widths:
         """Those in force."""
-        return Widths(*(self._together(lambda layer, o=o: getattr(layer, f"{o}_bits")) for o in "xwg"))  # type: ignore[misc]
+        each = ([getattr(layer, f"{operand}_bits").flatten().float() for layer in self.layers] for operand in "xwg")
+        return Widths(*map(torch.cat, each))
 
     def put(self, widths: Widths) -> None:
         """Puts widths in force."""
@@ -72,9 +72,6 @@ class Layout:
             inputs, outputs = inputs + len(layer.x_bits), outputs + len(layer.g_bits)
         sums = Widths(*(torch.cat([getattr(each, o) for each in elements]) for o in "xwg"))
         return Meetings(torch.cat(x), torch.cat(g), torch.cat(u), sums, float(sum(layer.macs for layer in self.layers)))
-
-    def _together(self, part: Callable[[Quantizing], Tensor]) -> Tensor:
-        return torch.cat([part(layer).flatten().float() for layer in self.layers])
 
 
 def _elements(layer: Quantizing) -> Widths:

@@ -38,6 +38,10 @@ class Widths:
         """The sum over all blocks."""
         return float(self.x.double().sum() + self.w.double().sum() + self.g.double().sum())
 
+    def all_at(self, bits: int) -> Widths:
+        """The same blocks, of so many bits each."""
+        return Widths(*(torch.full_like(each, bits) for each in (self.x, self.w, self.g)))
+
     def changed(self, other: Widths) -> float:
         """The share of blocks that differ."""
         pairs = zip((self.x, self.w, self.g), (other.x, other.w, other.g), strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynasty.integers import rounded, steps_for
+from dynasty.integers import levels, rounded, steps_for
 from dynasty.tiles import Block
 
 
@@ -21,17 +21,13 @@ def fake(
     clip: cut off what lies outside the best 2 and 3 bits of a normal distribution (see `integers.NORMAL_STEPS`).
     """
     strips = block.strips(matrix.float())
-    squares = block.sums(strips.square()) / block.size if clip else None
+    squares = block.mean_squares(strips) if clip else None
     steps = steps_for(block.peaks(strips), bits, signed, squares)
     beside = block.along(steps)
     counts = rounded(strips, beside, rounding)
     if clip:
-        counts = counts.clamp_(-(most := block.along(_most(bits))), most)
+        counts = counts.clamp_(-(most := block.along(levels(bits, signed=True))), most)
     return block.matrix(counts.mul_(beside), *matrix.shape[-2:])
-
-
-def _most(bits: Tensor) -> Tensor:
-    return torch.exp2(bits.float() - 1).floor() - 1 + (bits == 0)
 
 
 def channel_block(channels: int, block: Block) -> Block:

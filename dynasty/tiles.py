@@ -59,6 +59,10 @@ class Block:
         """The largest magnitude in each block, (..., R, C). NaN and infinity stay what they are."""
         return _halves(_halves(strips.abs(), -2).squeeze(-2).unflatten(-1, (-1, self.columns)), -1).squeeze(-1)
 
+    def mean_squares(self, strips: Tensor) -> Tensor:
+        """Of each block, (..., R, C)."""
+        return self.sums(strips.square()) / self.size
+
     def sums(self, strips: Tensor) -> Tensor:
         """The sum of each block, (..., R, C)."""
         return strips.sum(-2).unflatten(-1, (-1, self.columns)).sum(-1)
