@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,8 @@ class Case:
         out.backward(grad)
         return (out.detach(), *(x.grad for x in inputs))  # type: ignore[misc]
 
-    def sharded(self, comm: Communicator, method: str) -> Tensors:
-        """The same from shards, brought together again on every rank."""
+    def sharded(self, comm: Communicator, method: str, **options: Any) -> Tensors:
+        """The same from shards, brought together again on every rank. options: of the call besides."""
         *inputs, grad = (self.shard(comm, x) for x in self.tensors())
         inputs = [x.requires_grad_() for x in inputs]
         out = attention.context_parallel_attention(
@@ -68,6 +69,7 @@ class Case:
             cu_seqlens=self.cu_seqlens,
             window=self.window,
             method=method,
+            **options,
         )
         assert out.dtype == self.dtype
         out.backward(grad)

@@ -40,20 +40,7 @@ class Few(Case):
 
     def found(self, comm: Communicator, method: str) -> Tensors:
         """Result and gradients, whole."""
-        *inputs, grad = (self.shard(comm, x) for x in self.tensors())
-        inputs = [x.requires_grad_() for x in inputs]
-        out = attention.context_parallel_attention(
-            *inputs,
-            is_causal=self.is_causal,
-            enable_gqa=True,
-            comm=comm,
-            cu_seqlens=self.cu_seqlens,
-            window=self.window,
-            method=method,
-            kv_bits=self.kv_bits,
-        )
-        out.backward(grad)
-        return tuple(self.unshard(comm, x) for x in (out.detach(), *(x.grad for x in inputs)))  # type: ignore[arg-type]
+        return self.sharded(comm, method, kv_bits=self.kv_bits)
 
     def wanted(self, comm: Communicator) -> Tensors:
         """The same by the dense reference in float64."""
