@@ -221,8 +221,9 @@ class _Memory:
     held: ClassVar[list[Any]] = []
 
     def __init__(self, nbytes: int) -> None:
-        self.held.append(np.zeros(max(nbytes, 1), np.uint8))
-        self.ptr = int(self.held[-1].ctypes.data)
+        memory = np.zeros(max(nbytes, 1), np.uint8)
+        self.held.append(memory)  # by all ranks' threads: what is last now may be another's
+        self.ptr = int(memory.ctypes.data)
 
 
 class MemoryPool:

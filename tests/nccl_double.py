@@ -247,7 +247,7 @@ class NcclCommunicator:
         assert self.state == "open"
         self.state = "aborted"
         with self._module._fabric.lock:
-            for (rank, _), queue in self._module._fabric.streams.items():
+            for (rank, _), queue in list(self._module._fabric.streams.items()):
                 if rank == self.rank:
                     queue.clear()
 
