@@ -24,6 +24,8 @@ class Config:
     refresh, warmup: steps between new maps, and before the first. observe: steps before a refresh whose statistics are
         taken. decay: of their running means.
     hysteresis: the share of its price that a block must save to change its width.
+    turnover: the share of blocks that may change their width at a refresh, after the first map and while training goes
+        well: those that gain most; at least one block.
     gradient_share: the mean width of gradients over that of a map of one width with the same cycles.
     alarm: training goes wrong when the loss, smoothed, is so many times its best; then the budget grows.
     block: rows x columns of the matrices that a GEMM sees.
@@ -44,6 +46,7 @@ class Config:
     observe: int = 2
     decay: float = 0.9
     hysteresis: float = 0.1
+    turnover: float = 0.04
     gradient_share: float = 1.0
     alarm: float = 1.5
     block: Block = field(default_factory=Block)
@@ -60,7 +63,8 @@ class Config:
             _need(name, whole and value >= lowest, f"be an integer >= {lowest}", value)
         _need("bits", self.bits <= 8, "be 2 to 8", self.bits)
         _need("observe", self.observe <= self.refresh, f"be at most refresh, {self.refresh}", self.observe)
-        for name, low, high in (("speedup", 1, 16), ("decay", 0, 1), ("hysteresis", 0, 1), ("gradient_share", 0.25, 4)):
+        shares = [(name, 0, 1) for name in ("decay", "hysteresis", "turnover")]
+        for name, low, high in (("speedup", 1, 16), *shares, ("gradient_share", 0.25, 4)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and low <= value <= high
             _need(name, number, f"be a number from {low} to {high}", value)

@@ -145,12 +145,17 @@ class Controller:
         budget = self._budget(whole)
         curves = layout.curves(config.widths)
         width = 8 * math.sqrt(budget / whole) * config.gradient_share
-        found = _of_rank_0(assign(curves, meetings, old, budget, width, config.hysteresis), comm)
+        found = _of_rank_0(assign(curves, meetings, old, budget, width, config.hysteresis, self._most(old)), comm)
         layout.put(found)
         self._priced.clear()
         self._spend(analytics_cost(float(meetings.elements.w.sum()) * len(config.widths) + found.total))
         self.counts[1] += 1
         self.figures[0] = found.changed(old)
+
+    def _most(self, widths: Widths) -> int | None:
+        """How many blocks may change: all at the first map, and while the budget is eased."""
+        settled = bool(self.counts[1]) and float(self.figures[1]) == self.config.speedup
+        return max(1, int(self.config.turnover * widths.blocks)) if settled else None
 
     def _budget(self, whole: float) -> float:
         """Cycles of a step, whose 8 bits would take `whole`: the target's, less what is owed from steps before."""

@@ -13,7 +13,7 @@ taking the best ratio of gain and cycles again and again).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,23 +33,27 @@ class Widths:
     w: Tensor
     g: Tensor
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.x, self.w, self.g))
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return sum(len(each) for each in self)
+
     @property
     def total(self) -> float:
         """The sum over all blocks."""
-        return float(self.x.double().sum() + self.w.double().sum() + self.g.double().sum())
+        return sum(float(each.double().sum()) for each in self)
 
     def all_at(self, bits: int) -> Widths:
         """The same blocks, of so many bits each."""
-        return Widths(*(torch.full_like(each, bits) for each in (self.x, self.w, self.g)))
+        return Widths(*(torch.full_like(each, bits) for each in self))
 
     def changed(self, other: Widths) -> float:
         """The share of blocks that differ."""
-        pairs = zip((self.x, self.w, self.g), (other.x, other.w, other.g), strict=True)
-        differing, blocks = 0, 0
-        for mine, theirs in pairs:
-            differing += int((mine != theirs).sum())
-            blocks += mine.numel()
-        return differing / max(1, blocks)
+        differing = sum(int((mine != theirs).sum()) for mine, theirs in zip(self, other, strict=True))
+        return differing / max(1, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -95,25 +99,42 @@ class Curves:
 
 
 def assign(
-    curves: Curves, meetings: Meetings, old: Widths, budget: float, gradient_width: float, hysteresis: float
+    curves: Curves,
+    meetings: Meetings,
+    old: Widths,
+    budget: float,
+    gradient_width: float,
+    hysteresis: float,
+    most: int | None = None,
 ) -> Widths:
-    """New widths of at most `budget` cycles, as far as the narrowest choice allows it.
+    """New widths of at most `budget` cycles, as far as the narrowest choice and `most` allow it.
 
     Gradients have a budget of their own, the cycles of `gradient_width` bits on average. A block keeps its old width
-    unless a change saves `hysteresis` of its price.
+    unless a change saves `hysteresis` of its price. most: how many blocks may change, those that gain most by it.
     """
     widths = old
     for _ in range(_ROUNDS):
-        widths = _gradients(curves, meetings, widths, old, gradient_width, hysteresis)
-        widths = _others(curves, meetings, widths, old, budget, hysteresis)
-    return widths
+        g_price = meetings.price_g(widths)
+        g_rate, widths = _gradients(curves, g_price, widths, old, gradient_width, hysteresis)
+        x_price, w_price = meetings.price_x(widths), meetings.price_w(widths)
+        rate, widths = _others(curves, meetings, (x_price, w_price), widths, old, budget, hysteresis)
+    if most is None:
+        return widths
+    gains = (
+        _gains(curves.x, curves.choice, x_price, rate, old.x, widths.x),
+        _gains(curves.w, curves.choice, w_price, rate, old.w, widths.w),
+        _gains(curves.g, curves.choice, g_price, g_rate, old.g, widths.g),
+    )
+    calm = _best_changes(old, widths, gains, most)
+    if meetings.cycles(calm) <= budget:
+        return calm
+    wider = tuple(new > before for new, before in zip(widths, old, strict=True))
+    return _best_changes(old, widths, [each.masked_fill(at, 0) for each, at in zip(gains, wider, strict=True)], most)
 
 
 def _gradients(
-    curves: Curves, meetings: Meetings, widths: Widths, old: Widths, mean: float, hysteresis: float
-) -> Widths:
-    price = meetings.price_g(widths)
-
+    curves: Curves, price: Tensor, widths: Widths, old: Widths, mean: float, hysteresis: float
+) -> tuple[float, Widths]:
     def at(rate: float) -> Widths:
         return replace(widths, g=_cheapest(curves.g, curves.choice, price * rate, old.g, hysteresis))
 
@@ -121,15 +142,37 @@ def _gradients(
 
 
 def _others(
-    curves: Curves, meetings: Meetings, widths: Widths, old: Widths, budget: float, hysteresis: float
-) -> Widths:
-    x_price, w_price = meetings.price_x(widths), meetings.price_w(widths)
+    curves: Curves,
+    meetings: Meetings,
+    prices: tuple[Tensor, Tensor],
+    widths: Widths,
+    old: Widths,
+    budget: float,
+    hysteresis: float,
+) -> tuple[float, Widths]:
+    x_price, w_price = prices
 
     def at(rate: float) -> Widths:
         x = _cheapest(curves.x, curves.choice, x_price * rate, old.x, hysteresis)
         return Widths(x, _cheapest(curves.w, curves.choice, w_price * rate, old.w, hysteresis), widths.g)
 
     return _within(at, lambda found: meetings.cycles(found) <= budget, _scale(curves.w, w_price))
+
+
+def _gains(curves: Tensor, choice: Tensor, price: Tensor, rate: float, old: Tensor, new: Tensor) -> Tensor:
+    """What a change saves, in cycles; all there is where the choice lacks the old width, 0 where nothing changes."""
+    prices = curves / max(rate, _TINY) + price[:, None] * choice
+    held, found = (torch.searchsorted(choice, each).clamp_max(len(choice) - 1)[:, None] for each in (old, new))
+    saved = (prices.gather(1, held) - prices.gather(1, found)).squeeze(1).clamp_min(_TINY)
+    return torch.where(choice[held.squeeze(1)] == old, saved, torch.inf).masked_fill(old == new, 0)
+
+
+def _best_changes(old: Widths, new: Widths, gains: Sequence[Tensor], most: int) -> Widths:
+    """The `most` changes that gain most, and all that must be made."""
+    ranked = torch.cat(list(gains))
+    least = ranked.topk(most + 1).values[-1] if most < len(ranked) else torch.zeros(())
+    pairs = zip(gains, old, new, strict=True)
+    return Widths(*(torch.where((gain > least) | gain.isinf(), after, before) for gain, before, after in pairs))
 
 
 def _cheapest(curves: Tensor, choice: Tensor, rates: Tensor, old: Tensor, hysteresis: float) -> Tensor:
@@ -143,11 +186,11 @@ def _cheapest(curves: Tensor, choice: Tensor, rates: Tensor, old: Tensor, hyster
     return torch.where(keep, old, choice[at])
 
 
-def _within(at: Callable[[float], Widths], fits: Callable[[Widths], bool], scale: float) -> Widths:
-    """What the lowest rate gives that fits, or the highest rate if none does. scale: a rate of the right size."""
+def _within(at: Callable[[float], Widths], fits: Callable[[Widths], bool], scale: float) -> tuple[float, Widths]:
+    """The lowest rate that fits, or the highest if none does, and what it gives. scale: a rate of the right size."""
     free = at(0.0)
     if fits(free):
-        return free
+        return 0.0, free
     low, high = -_OCTAVES, _OCTAVES
     best = at(scale * 2.0**high)
     for _ in range(_HALVINGS):
@@ -157,7 +200,7 @@ def _within(at: Callable[[float], Widths], fits: Callable[[Widths], bool], scale
             best, high = found, middle
         else:
             low = middle
-    return best
+    return scale * 2.0**high, best
 
 
 def _scale(curves: Tensor, price: Tensor) -> float:

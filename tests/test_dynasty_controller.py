@@ -88,6 +88,17 @@ def test_a_ramp_gives_late_steps_more() -> None:
     assert whole.speedup == pytest.approx(4, rel=0.05)
 
 
+@pytest.mark.parametrize("turnover", [0.04, 0.1])
+def test_maps_change_little_after_the_first(turnover: float) -> None:
+    model = make(Config(warmup=2, refresh=2, observe=1, turnover=turnover))
+    train(model, 2)
+    assert model.dynasty.report().changed > 0.5
+    blocks = model.dynasty.layout.widths().blocks
+    for _ in range(10):
+        train(model, 2)
+        assert model.dynasty.report().changed <= max(turnover, 1 / blocks)
+
+
 def test_steps_before_any_training_make_no_map() -> None:
     model = make(Config(warmup=1, refresh=1, observe=1))
     model.dynasty.step(1.0)
@@ -167,6 +178,7 @@ def test_ranks_with_different_data_have_the_same_maps() -> None:
         *({"widths": (2, 2, 4)}, {"refresh": 0}, {"warmup": True}, {"observe": 11}, {"decay": -0.1}, {"ramp": 0.2}),
         *(
             {"hysteresis": 2},
+            {"turnover": -0.1},
             {"gradient_share": 0},
             {"alarm": 1},
             {"steps": 0},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ DATA_SETS = ("fashion-mnist", "cifar-100", "imagenet", "text")
 GRADS = ("float32", "bfloat16", "8", "dynamic")
 _SETTING = (
     *("model", "width", "depth", "seq_len", "data_set", "images", "test_images"),
-    *("refresh", "warmup", "ramp", "epochs", "batch", "optimizer", "lr", "weight_decay", "mean_bits"),
+    *("block", "refresh", "warmup", "ramp", "epochs", "batch", "optimizer", "lr", "weight_decay", "mean_bits"),
 )
 _OBSERVED = 2  # dynasty.Config's
+_LARGEST = 4096  # side of a block
 # Of each model: optimizer, rate, weight decay, --width and --depth.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cnn": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "width": 16, "depth": 3},
@@ -45,6 +47,7 @@ class Options:
     configs: tuple[Precision, ...]
     seeds: tuple[int, ...]
     against: str
+    block: str
     refresh: int
     warmup: int
     ramp: float
@@ -171,6 +174,13 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--against", metavar="CONFIG", help="the row that all are compared with (8, else the first)")
     group.add_argument(
+        "--block",
+        type=_block,
+        default="16x16",
+        metavar="RxC",
+        help="rows x columns of a block, 1 to 4096 each (default 16x16)",
+    )
+    group.add_argument(
         "--refresh", type=integer(1), default=10, metavar="K", help="steps from one bit map to the next (default 10)"
     )
     group.add_argument(
@@ -242,6 +252,13 @@ def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
         return found
 
     return checked
+
+
+def _block(text: str) -> str:
+    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text, re.ASCII)
+    if not found or not all(1 <= int(side) <= _LARGEST for side in found.groups()):
+        raise argparse.ArgumentTypeError(f"must be RxC, each from 1 to {_LARGEST}, got {text!r}")
+    return text
 
 
 def _one_of(names: Sequence[str]) -> Callable[[str], str]:
