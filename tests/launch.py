@@ -16,6 +16,8 @@ from typing import TextIO
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks outnumber cores: one thread each, and an MPICH rank that waits gives its core away (halves 8 on 2).
 SHARED_CORES = {"OMP_NUM_THREADS": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
+# For ranks that run what others are counted at: tracing their lines takes as long as running them.
+UNCOUNTED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 # Ranks write to files of their own accord: what mpiexec still had to forward when a job is aborted gets lost.
 TO_FILES = 'exec "$@" >>"$0/out" 2>>"$0/err"'
 GRACE_S = 5.0  # what a job gets to clean up after SIGTERM, before SIGKILL
