@@ -32,7 +32,8 @@ class LoopbackWorld:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.news = tuple(threading.Condition(self.lock) for _ in range(size))  # for each rank: others need not wake
         self.lanes: dict[tuple[int, int, int, int], _Lane] = defaultdict(_Lane)
         self._cuts: set[frozenset[int]] = set()
         self.kept: list[Any] = []  # what was in use when ranks gave up
@@ -41,16 +42,15 @@ class LoopbackWorld:
 
     def cut(self, a: int, b: int) -> None:
         """Cut the link between two ranks: what either sends waits."""
-        with self.changed:
+        with self.lock:
             self._cuts.add(frozenset((a, b)))
 
     def mend(self, a: int, b: int) -> None:
         """The link is as new; what waited arrives."""
-        with self.changed:
+        with self.lock:
             self._cuts.discard(frozenset((a, b)))
             for (_, source, target, _), lane in list(self.lanes.items()):
                 self.match(lane, source, target)
-            self.changed.notify_all()
 
     def is_cut(self, a: int, b: int) -> bool:
         """Whether the link between two ranks is cut."""
@@ -66,6 +66,8 @@ class LoopbackWorld:
             ctypes.memmove(expected.address, sent.address, sent.nbytes)
             sender.end(i)
             receiver.end(j)
+            self.news[source].notify_all()
+            self.news[target].notify_all()
 
     def run(self, body: Callable[[LoopbackTransport], T]) -> list[T]:
         """body(transport) on every rank at once, each in a thread; the results by rank.
@@ -100,8 +102,9 @@ class LoopbackTransport:
         return BatchPool(self.prepare)
 
     def pause(self, idle: int) -> None:
-        with self.world.changed:
-            self.world.changed.wait(min(idle * 1e-4, 2e-3))
+        news = self.world.news[self.rank]
+        with news:
+            news.wait(min(idle * 1e-4, 2e-3))
 
     def has_native(self, request: NativeRequest) -> bool:
         return False
@@ -111,19 +114,19 @@ class LoopbackTransport:
 
     def alarm(self, missing: Collection[int] | None = None) -> None:
         told = None if missing is None else frozenset(missing)
-        with self.world.changed:
+        with self.world.lock:
             for rank in range(self.size):
                 if rank != self.rank and not self.world.is_cut(rank, self.rank):
                     self.world.raised[rank, self.number][self.rank] = told
-            self.world.changed.notify_all()
+                    self.world.news[rank].notify_all()
 
     def alarms(self) -> Alarms:
-        with self.world.changed:
+        with self.world.lock:
             return dict(self.world.raised[self.rank, self.number])
 
     def abandon(self, *keep: Any, lost: bool = False) -> None:
         """Withdraw this rank's open messages, so that no peer writes to memory that its caller has back."""
-        with self.world.changed:
+        with self.world.lock:
             self.world.kept.extend(keep)
             for lane in self.world.lanes.values():
                 for queue in (lane.sends, lane.receives):
@@ -143,11 +146,10 @@ class _LoopbackBatch:
 
     def start(self, indices: Sequence[int]) -> None:
         world = self.transport.world
-        with world.changed:
+        with world.lock:
             self._open.update(indices)
             for index in indices:
                 self._post(world, index)
-            world.changed.notify_all()
 
     def start_all(self) -> None:
         self.start(range(len(self.ops)))
@@ -164,7 +166,7 @@ class _LoopbackBatch:
         self._done.append(index)
 
     def test_some(self) -> list[int]:
-        with self.transport.world.changed:
+        with self.transport.world.lock:
             done, self._done = self._done, []
             self._open.difference_update(done)
         return done
