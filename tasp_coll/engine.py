@@ -30,6 +30,7 @@ from tasp_coll.work import CHECK_POLLS, Operation, Patience, Watch, Work
 
 _GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
 _TELL_SECONDS = 1.5  # and whom they do not hear, which those that miss one know after the grace
+_REST_SECONDS = 1e-2  # between polls while all streams wait for their callers: a library may still have to send
 _LEAVE_SECONDS = 1.0  # for a thread that waits to notice that the process is leaving
 # Raised before any data moved, or after all of it, on all ranks alike: the communicator can go on.
 _HARMLESS = (ArgumentError, CorruptionError, MismatchError, ScheduleError, TopologyError)
@@ -40,6 +41,10 @@ _all: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 class Pollable(Protocol):
     """A stream's side of the engine."""
+
+    @property
+    def resting(self) -> bool:
+        """Whether nothing can come before its caller does something."""
 
     def poll(self) -> bool:
         """Make progress; whether there was any."""
@@ -98,7 +103,7 @@ class Engine:
             _busy.add(self)
             self._queue.append(work)
             self._advance()
-        self._awake()
+        self.rouse()
         return work
 
     def attach(self, stream: Pollable, operation: Operation) -> None:
@@ -106,7 +111,7 @@ class Engine:
         with self.lock:
             _busy.add(self)
             self._streams[stream] = operation
-        self._awake()
+        self.rouse()
 
     def detach(self, stream: Pollable) -> None:
         """No longer drive a stream."""
@@ -301,7 +306,8 @@ class Engine:
 
     # --- the background thread
 
-    def _awake(self) -> None:
+    def rouse(self) -> None:
+        """Let the background thread look at once."""
         if not self.transport.background:
             return
         with self._wake:
@@ -317,6 +323,11 @@ class Engine:
     def wants_attention(self) -> bool:
         """Whether the background thread has something to do, be it to end."""
         return not self.usable or not self._idle()
+
+    @property
+    def resting(self) -> bool:
+        """Whether all that is under way waits for its caller."""
+        return not self._queue and all(stream.resting for stream in list(self._streams))
 
     def _idle(self) -> bool:
         return bool(self._waiters or self.broken or not (self._queue or self._streams))
@@ -392,9 +403,12 @@ def _background(target: weakref.ref[Engine], wake: threading.Condition) -> None:
         engine = target()
         if engine is None or not engine.usable:
             return
-        moved = engine.background_turn()
+        moved, resting = engine.background_turn(), engine.resting
         del engine
-        if moved:
-            patience.end()
-        else:
+        if not (moved or resting):
             time.sleep(patience.nap())
+            continue
+        patience.end()
+        if not moved:
+            with wake:
+                wake.wait(_REST_SECONDS)

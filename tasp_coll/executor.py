@@ -187,6 +187,7 @@ class Flow:
         self.began: dict[object, float] = {}
         self.ended: dict[object, float] = {}
         self._bulk = program.free_running
+        self._under_way = 0  # messages
         if self._bulk:
             exchange.batch.start_all()
             return
@@ -214,12 +215,18 @@ class Flow:
         """Whether all nodes of a group are complete."""
         return mark in self.ended or mark not in self.exchange.program.marks
 
+    @property
+    def resting(self) -> bool:
+        """Whether nothing is under way until the caller opens a gate."""
+        return not (self._bulk or self._under_way or self.done)
+
     def poll(self) -> bool:
         """Make progress; whether there was any."""
         if self._bulk:
             self.done = self.exchange.batch.test_all()
             return self.done
         found = self.exchange.batch.test_some()
+        self._under_way -= len(found)
         for op in found:
             self._complete(self.exchange.messages[op])
         self._start()
@@ -272,6 +279,7 @@ class Flow:
                 now = perf_counter()
                 for index in ready:
                     self.began.setdefault(self._groups.get(index), now)
+            self._under_way += len(ready)
             self.exchange.batch.start([self.exchange.number[index] for index in ready])
 
 

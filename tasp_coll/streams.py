@@ -97,15 +97,23 @@ class HostDriver:
             self._fail(error)
             return True
 
+    @property
+    def resting(self) -> bool:
+        """Whether all waits for the caller."""
+        return self.flow.resting and self.error is None and not self.orphan
+
     def open(self, gate: tuple[str, int]) -> None:
         """Let go on what waits for the caller."""
         with self.core.engine.lock:
             if self.core.engine.broken:  # nothing new may start; whoever waits is told
                 return
+            rested = self.resting
             try:
                 self.flow.open(gate)
             except BaseException as error:
                 self._fail(error)
+        if rested:
+            self.core.engine.rouse()
 
     def _fail(self, error: BaseException) -> None:
         self.error = self.core.engine.judge(error, self.opened)
