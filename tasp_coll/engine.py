@@ -30,7 +30,7 @@ from tasp_coll.work import CHECK_POLLS, Operation, Patience, Watch, Work
 
 _GRACE_SECONDS = 1.0  # for peers to say that they are waiting too
 _TELL_SECONDS = 1.5  # and whom they do not hear, which those that miss one know after the grace
-_REST_SECONDS = 1e-2  # between polls while all streams wait for their callers: a library may still have to send
+_REST_SECONDS = 5e-2  # between polls while all streams wait for their callers: a library may still have to send
 _LEAVE_SECONDS = 1.0  # for a thread that waits to notice that the process is leaving
 # Raised before any data moved, or after all of it, on all ranks alike: the communicator can go on.
 _HARMLESS = (ArgumentError, CorruptionError, MismatchError, ScheduleError, TopologyError)

@@ -11,7 +11,7 @@ from tasp_coll.transport import Transport
 
 CHECK_POLLS = 64  # idle polls between looks at the clock
 _EAGER_POLLS = 256
-_NAP_SECONDS, _LONGEST_NAP_SECONDS = 5e-5, 2e-3
+_NAP_SECONDS, _LONGEST_NAP_SECONDS = 5e-5, 1e-2
 _NAP_SHARE = 1 / 16
 
 
