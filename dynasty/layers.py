@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from dynasty.config import Config
 from dynasty.operands import channel_block, channels_last, fake, images, kernel, kernel_matrix
-from dynasty.tiles import Block
 
-# Running means per block: of activations and gradients the squared peak and square of a value; of activations and
-# weights also the squared gradient that an element saw, which is what an error there does to the loss.
-STATISTICS = ("x_peak", "x_square", "x_slope", "w_slope", "g_peak", "g_square")
+# Running means per block: of activations and gradients the squared peak (of gradients times the share of values that
+# are not 0) and the square of a value; of gradients also the peak times the mean magnitude; of activations and weights
+# the squared gradient that an element saw, which is what an error there does to the loss.
+STATISTICS = ("x_peak", "x_square", "x_slope", "w_slope", "g_peak", "g_square", "g_mean")
 
 
 class Quantizing(nn.Module):
@@ -106,11 +106,11 @@ class Quantizing(nn.Module):
 
     @property
     def observation_macs(self) -> int:
-        """What an observed step's statistics take: a square for each element of activations, gradients and weight
-        gradient, and of the input's gradient, whose GEMM is counted where only the statistics want it.
+        """What an observed step's statistics take: a square for each element of activations, gradients (and two sums)
+        and weight gradient, and of the input's gradient, whose GEMM is counted where only the statistics want it.
         """
-        squares = 2 * self.input_rows * self.inputs + self.rows * self.outputs + self.weight.numel()
-        return squares + self.extra_macs
+        sums = 2 * self.input_rows * self.inputs + 3 * self.rows * self.outputs + self.weight.numel()
+        return sums + self.extra_macs
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer that was converted; the result has x's dtype."""
@@ -124,7 +124,9 @@ class Quantizing(nn.Module):
         signed = bool(rows.numel()) and bool(rows.amin() < 0)
         if self.observing and self.training and rows.numel():
             self.x_signed.fill_(signed)
-            self._note_values("x", self.x_block, rows)
+            strips = self.x_block.strips(rows.float())
+            self._note("x_peak", self.x_block.peaks(strips).square())
+            self._note("x_square", self.x_block.mean_squares(strips))
         return self.back(fake(rows, self.x_bits, self.x_block, signed=signed), x.shape)
 
     def quantized_weight(self) -> Tensor:
@@ -137,7 +139,7 @@ class Quantizing(nn.Module):
             return g.float()
         rows = self.rows_of(g)
         if self.observing and rows.numel():
-            self._note_values("g", self.g_block, rows)
+            self._note_gradient(self.g_block.strips(rows.float()))
         return self.back(fake(rows, self.g_bits, self.g_block, rounding="stochastic"), g.shape)
 
     def observe(self, x_gradient: Tensor, w_gradient: Tensor) -> None:
@@ -167,10 +169,11 @@ class Quantizing(nn.Module):
         """The buffers that data-parallel ranks average."""
         return (getattr(self, name) for name in STATISTICS)
 
-    def _note_values(self, operand: str, block: Block, rows: Tensor) -> None:
-        strips = block.strips(rows.float())
-        self._note(f"{operand}_peak", block.peaks(strips).square())
-        self._note(f"{operand}_square", block.mean_squares(strips))
+    def _note_gradient(self, strips: Tensor) -> None:
+        block, peaks = self.g_block, self.g_block.peaks(strips)
+        self._note("g_peak", peaks.square() * block.sums((strips != 0).float()) / block.size)
+        self._note("g_mean", peaks * block.sums(strips.abs()) / block.size)
+        self._note("g_square", block.mean_squares(strips))
 
     def _note(self, name: str, found: Tensor) -> None:
         held = getattr(self, name)

@@ -55,8 +55,8 @@ class Layout:
     def curves(self, choice: tuple[int, ...]) -> Curves:
         """Of all blocks, for these widths."""
         widths = torch.tensor(choice, dtype=torch.float32, device=self.layers[0].x_bits.device)
-        kinds = (activation_curves, weight_curves, gradient_curves)
-        return Curves(widths, *(torch.cat([kind(layer, widths) for layer in self.layers]) for kind in kinds))
+        x, w = ([kind(layer, widths) for layer in self.layers] for kind in (activation_curves, weight_curves))
+        return Curves(widths, *map(torch.cat, (x, w, gradient_curves(self.layers, widths))))
 
     def meetings(self) -> Meetings:
         """Of a step like the last one."""

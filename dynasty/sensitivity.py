@@ -6,11 +6,13 @@ have no preferred sign, so that what a block's errors do is expected to be, squa
     elements * mean(s^2) * E(width)        E: mean squared error of an element
 
 with the running mean of the squared gradient for mean(s^2). Errors of gradients do not change the loss of the step that
-they are made in; they are priced by the error of the weight gradient that they cause, relative to that gradient.
+they are made in; they are priced by the errors of weight gradients that they cause, relative to those gradients.
 Own derivation; the paper's analytics (arXiv 2210.17047) are not public.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ def activation_curves(layer: Quantizing, widths: Tensor) -> Tensor:
     """Expected squared change of the loss: (C, widths)."""
     elements = layer.input_rows * layer.inputs / len(layer.x_bits)
     signed = bool(layer.x_signed)
-    return elements * layer.x_slope[:, None] * _rounding(layer.x_peak, layer.x_square, widths, signed, 12)
+    return elements * layer.x_slope[:, None] * _nearest(layer.x_peak, layer.x_square, widths, signed)
 
 
 def weight_curves(layer: Quantizing, widths: Tensor) -> Tensor:
@@ -40,20 +42,36 @@ def weight_curves(layer: Quantizing, widths: Tensor) -> Tensor:
     return layer.w_slope.flatten()[:, None] * torch.stack(errors, 1)
 
 
-def gradient_curves(layer: Quantizing, widths: Tensor) -> Tensor:
-    """Squared error of the weight gradient over the mean square of that of the layer, (R, widths)."""
-    inputs = layer.x_square.mean() * layer.w_bits.shape[0] * layer.rows
-    noise = _rounding(layer.g_peak, layer.g_square, widths, True, 6, bounded=False)
-    return noise * inputs / layer.w_slope.mean().clamp_min(_TINY)
+def gradient_curves(layers: Sequence[Quantizing], widths: Tensor) -> list[Tensor]:
+    """Expected squared error of weight gradients over their mean square, a sum over layers: (R, widths) of each layer.
 
-
-def _rounding(peak: Tensor, square: Tensor, widths: Tensor, signed: bool, over: int, bounded: bool = True) -> Tensor:
-    """E(width) of blocks with such mean squared peaks and mean squares: (blocks,) -> (blocks, widths).
-
-    over: 12 for nearest, whose error is below the block's own square, 6 for stochastic rounding.
+    What rounding does to a gradient is in the weight gradient of its own layer and, by way of the input gradient, in
+    those of all layers before: in proportion to the gradients there, as both pass through the same weights. layers: in
+    the order of the forward.
     """
+    found, reached = [], torch.zeros((), device=widths.device)
+    for layer in layers:
+        square = layer.g_square.mean().clamp_min(_TINY)
+        # A weight gradient is a sum over rows, in which errors, unlike gradients, have no common sign.
+        own = layer.rows * layer.x_square.mean() * square / layer.w_slope.mean().clamp_min(_TINY)
+        reached = reached + own
+        noise = _stochastic(layer.g_peak, layer.g_mean, widths) / (square * len(layer.g_bits))
+        found.append(noise * reached)
+    return found
+
+
+def _stochastic(peak: Tensor, mean: Tensor, widths: Tensor) -> Tensor:
+    """E(width) of stochastic rounding, (blocks, widths). peak, mean: (blocks,), as `layers.STATISTICS` has them.
+
+    A value at v above the lower of two integers' values d apart has the variance v * (d - v): none at 0, where many
+    gradients behind a ReLU are; a sixth of d^2 in the mean where values are spread evenly; at most v * d.
+    """
+    most = levels(widths, signed=True).clamp_min(1)
+    return torch.minimum(peak[:, None] / most.square() / 6, mean[:, None] / most)
+
+
+def _nearest(peak: Tensor, square: Tensor, widths: Tensor, signed: bool) -> Tensor:
+    """E(width) of rounding to nearest, of blocks with such mean squared peaks and mean squares: (blocks, widths)."""
     most = levels(widths, signed).square()
-    error = peak[:, None] / most.clamp_min(1) / over
-    if bounded:
-        error = torch.minimum(error, square[:, None])
+    error = torch.minimum(peak[:, None] / most.clamp_min(1) / 12, square[:, None])
     return torch.where(most > 0, error, square[:, None])

@@ -1,0 +1,63 @@
+"""What errors of gradients are expected to do, beside what they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dynasty
+from dynasty import Config
+from dynasty.layout import Layout
+from dynasty.operands import fake
+from dynasty.sensitivity import gradient_curves
+from dynasty.tiles import Block
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9])
+def test_stochastic_rounding_errs_as_expected(bits: int, zeros: float) -> None:
+    """Also where most values are 0, as behind a ReLU."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(256, 16, generator=generator) * (torch.rand(256, 16, generator=generator) >= zeros)
+    layer: Any = dynasty.convert(nn.Sequential(nn.Linear(16, 16)), Config())[0]
+    layer.observing = True
+    layer.quantized_gradient(rows)
+    layer.rows, layer.x_square[:], layer.w_slope[:] = 1, 1.0, 1.0
+    expected = float(gradient_curves([layer], torch.tensor([float(bits)]))[0])
+    torch.manual_seed(2)
+    rounded = torch.stack([fake(rows, torch.tensor(bits), Block(), rounding="stochastic") for _ in range(20)])
+    measured = float((rounded - rows).square().mean())
+    assert measured / 2 <= expected <= measured * 2
+
+
+def weight_gradients(model: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    nn.functional.mse_loss(model(x), y).backward()
+    return [layer.weight.grad.clone() for layer in Layout.of(model).layers]
+
+
+def test_an_error_reaches_the_layers_before() -> None:
+    """Gradients of the last, the middle or the first layer at 3 bits, all else at 8."""
+    torch.manual_seed(0)
+    parts = nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)
+    model = dynasty.convert(nn.Sequential(*parts), Config())
+    x, y = torch.randn(512, 48), torch.randn(512, 32) + 1
+    layers = Layout.of(model).layers
+    for layer in layers:
+        layer.observing = True
+    exact = weight_gradients(model, x, y)
+    curves = gradient_curves(layers, torch.tensor([3.0]))
+    for layer, curve in zip(layers, curves, strict=True):
+        layer.observing = False
+        layer.g_bits.fill_(3)
+        runs = [weight_gradients(model, x, y) for _ in range(20)]
+        layer.g_bits.fill_(8)
+        errors = [
+            sum(float((a - b).square().mean() / b.square().mean()) for a, b in zip(run, exact, strict=True))
+            for run in runs
+        ]
+        measured, expected = sum(errors) / len(errors), float(curve.sum())
+        assert measured / 2.5 <= expected <= measured * 2.5
