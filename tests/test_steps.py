@@ -241,6 +241,35 @@ def test_times() -> None:
     on_ranks(4, body)
 
 
+def test_a_stream_that_waits_for_its_caller_is_left_alone() -> None:
+    """All that can come is there after the first naps; what the caller then lets go on arrives all the same."""
+
+    def body(comm: Communicator) -> list[int]:
+        polls = []
+        with comm.allgather_steps(shard(comm.rank, 30), algorithm="rings") as stream:
+            flow: Any = stream._driver.flow
+            poll, seen = flow.poll, [0]
+
+            def counted() -> bool:
+                seen[0] += 1
+                return bool(poll())
+
+            flow.poll = counted
+            for arrival in stream:
+                assert len(arrival.chunks) or arrival.data is None
+                deadline = time.monotonic() + 10
+                while not (flow.resting or flow.done) and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                assert flow.resting or flow.done
+                before = seen[0]
+                time.sleep(0.3)
+                polls.append(seen[0] - before)
+        return polls
+
+    for polls in on_ranks(3, body):
+        assert max(polls) <= 20, "every 50 ms, not every few"
+
+
 def test_steps_without_anything_to_bring() -> None:
     def body(comm: Communicator) -> None:
         rows = 12 if comm.rank == 1 else 0
