@@ -55,19 +55,22 @@ def gradient_curves(layers: Sequence[Quantizing], widths: Tensor) -> list[Tensor
         # A weight gradient is a sum over rows, in which errors, unlike gradients, have no common sign.
         own = layer.rows * layer.x_square.mean() * square / layer.w_slope.mean().clamp_min(_TINY)
         reached = reached + own
-        noise = _stochastic(layer.g_peak, layer.g_mean, widths) / (square * len(layer.g_bits))
-        found.append(noise * reached)
+        noise = _stochastic(layer.g_peak, layer.g_mean, layer.g_square, widths)
+        found.append(noise * reached / (square * len(layer.g_bits)))
     return found
 
 
-def _stochastic(peak: Tensor, mean: Tensor, widths: Tensor) -> Tensor:
-    """E(width) of stochastic rounding, (blocks, widths). peak, mean: (blocks,), as `layers.STATISTICS` has them.
+def _stochastic(peak: Tensor, mean: Tensor, square: Tensor, widths: Tensor) -> Tensor:
+    """E(width) of stochastic rounding, (blocks, widths). peak, mean, square: (blocks,), see `layers.STATISTICS`.
 
     A value at v above the lower of two integers' values d apart has the variance v * (d - v): none at 0, where many
     gradients behind a ReLU are; a sixth of d^2 in the mean where values are spread evenly; at most v * d.
     """
-    most = levels(widths, signed=True).clamp_min(1)
-    return torch.minimum(peak[:, None] / most.square() / 6, mean[:, None] / most)
+    most = levels(widths, signed=True)
+    some = most.clamp_min(1)
+    return torch.where(
+        most > 0, torch.minimum(peak[:, None] / some.square() / 6, mean[:, None] / some), square[:, None]
+    )
 
 
 def _nearest(peak: Tensor, square: Tensor, widths: Tensor, signed: bool) -> Tensor:

@@ -26,7 +26,8 @@ def test_stochastic_rounding_errs_as_expected(bits: int, zeros: float) -> None:
     layer.observing = True
     layer.quantized_gradient(rows)
     layer.rows, layer.x_square[:], layer.w_slope[:] = 1, 1.0, 1.0
-    expected = float(gradient_curves([layer], torch.tensor([float(bits)]))[0])
+    expected, dropped = gradient_curves([layer], torch.tensor([float(bits), 0.0]))[0][0].tolist()
+    assert dropped == pytest.approx(float(rows.square().mean()))
     torch.manual_seed(2)
     rounded = torch.stack([fake(rows, torch.tensor(bits), Block(), rounding="stochastic") for _ in range(20)])
     measured = float((rounded - rows).square().mean())
