@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from tasp_coll.errors import CollectiveError, PeerTimeoutError
 from tasp_coll.transport import Transport
 
-CHECK_POLLS = 64  # idle polls between looks at the clock
+CHECK_POLLS = 64  # idle polls between looks at the clock, and
+_CHECK_NAPS = 8  # naps: peers that wait in vain want an answer within a second
 _EAGER_POLLS = 256
-_NAP_SECONDS, _LONGEST_NAP_SECONDS = 5e-5, 1e-2
+_NAP_SECONDS, _LONGEST_NAP_SECONDS = 5e-5, 5e-3
 _NAP_SHARE = 1 / 16
 
 
@@ -156,11 +157,12 @@ class Watch:
     def wait(self) -> None:
         """After a poll without progress."""
         self.idle += 1
-        if self.idle % CHECK_POLLS == 0:
+        napping = self._patient and self.idle > _EAGER_POLLS
+        if self.idle % (_CHECK_NAPS if napping else CHECK_POLLS) == 0:
             self.look(restart=self.idle == CHECK_POLLS)
         if self.idle == 1:
             self._patience.end()
-        if self._patient and self.idle > _EAGER_POLLS:
+        if napping:
             time.sleep(self._patience.nap())
         else:
             self._engine.transport.pause(self.idle)
