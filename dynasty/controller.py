@@ -197,7 +197,7 @@ class Controller:
         if self.config.method == "float32":
             return dict.fromkeys(names, 32.0)
         widths, elements = self.layout.widths(), self.layout.meetings().elements
-        pairs = zip((widths.x, widths.w, widths.g), (elements.x, elements.w, elements.g), strict=True)
+        pairs = zip(widths, elements, strict=True)
         means = (float((bits * count).sum() / count.sum().clamp_min(1)) for bits, count in pairs)
         return dict(zip(names, means, strict=True))
 
@@ -206,10 +206,9 @@ def _of_rank_0(widths: Widths, comm: Any) -> Widths:
     """Losses between refreshes and the last batch's rows may differ by rank, and budgets with them; maps must not."""
     if comm is None or comm.size == 1:
         return widths
-    parts = [widths.x, widths.w, widths.g]
-    flat = torch.cat(parts).cpu()
+    flat = torch.cat(list(widths)).cpu()
     flat = comm.decomposed_allreduce(flat if comm.rank == 0 else torch.zeros_like(flat)).to(widths.x.device)
-    return Widths(*flat.split([len(part) for part in parts]))
+    return Widths(*flat.split([len(part) for part in widths]))
 
 
 def _flat(cost: Cost) -> list[float]:

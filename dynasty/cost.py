@@ -124,7 +124,7 @@ def _energy(meetings: Meetings, widths: Widths, block: Block, chip: Chip) -> Ene
     spent = 64 * GEMMS * float(u.sum())  # multiply-accumulates, with edges
     product_bits = 64 * 2 * float((u * (w + x + g)).sum())
     sums, sum_bits = spent / block.columns, product_bits / block.columns + _SUM_BITS * spent / block.columns
-    held = sum(float((getattr(elements, o) * getattr(widths, o)).sum()) for o in "xwg")
+    held = sum(float((count * bits).sum()) for count, bits in zip(elements, widths, strict=True))
     held += (_STEP_BITS + _WIDTH_BITS) / block.size * elements.total
     masters = 2 * 32 * float(elements.w.sum())
     spilled = max(0.0, 1 - 8 * chip.buffer_bytes / (held + masters)) if held else 0.0

@@ -41,10 +41,9 @@ class Layout:
 
     def put(self, widths: Widths) -> None:
         """Puts widths in force."""
-        for operand in "xwg":
+        for operand, bits in zip("xwg", widths, strict=True):
             buffers = [getattr(layer, f"{operand}_bits") for layer in self.layers]
-            parts = getattr(widths, operand).split([buffer.numel() for buffer in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
+            for buffer, part in zip(buffers, bits.split([buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(part.view_as(buffer))
 
     def maps(self) -> dict[str, Maps]:

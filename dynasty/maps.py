@@ -128,8 +128,9 @@ def assign(
     calm = _best_changes(old, widths, gains, most)
     if meetings.cycles(calm) <= budget:
         return calm
-    wider = tuple(new > before for new, before in zip(widths, old, strict=True))
-    return _best_changes(old, widths, [each.masked_fill(at, 0) for each, at in zip(gains, wider, strict=True)], most)
+    pairs = zip(gains, widths, old, strict=True)
+    narrower = [gain.masked_fill((new > before) & gain.isfinite(), 0) for gain, new, before in pairs]
+    return _best_changes(old, widths, narrower, most)
 
 
 def _gradients(
