@@ -40,7 +40,9 @@ _all: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Pollable(Protocol):
-    """A stream's side of the engine."""
+    """A stream's side of the engine. slack: seconds by which what its caller asked for last was early."""
+
+    slack: float
 
     @property
     def resting(self) -> bool:
@@ -329,6 +331,11 @@ class Engine:
         """Whether all that is under way waits for its caller."""
         return not self._queue and all(stream.resting for stream in list(self._streams))
 
+    @property
+    def slack(self) -> float:
+        """Seconds by which all that callers waited for last was early."""
+        return 0.0 if self._queue else min((stream.slack for stream in list(self._streams)), default=0.0)
+
     def _idle(self) -> bool:
         return bool(self._waiters or self.broken or not (self._queue or self._streams))
 
@@ -403,12 +410,10 @@ def _background(target: weakref.ref[Engine], wake: threading.Condition) -> None:
         engine = target()
         if engine is None or not engine.usable:
             return
-        moved, resting = engine.background_turn(), engine.resting
+        moved, resting, slack = engine.background_turn(), engine.resting, engine.slack
         del engine
-        if not (moved or resting):
-            time.sleep(patience.nap())
-            continue
-        patience.end()
+        if moved or resting:
+            patience.end()
         if not moved:
             with wake:
-                wake.wait(_REST_SECONDS)
+                wake.wait(_REST_SECONDS if resting else patience.nap(slack))

@@ -215,6 +215,13 @@ class Flow:
         """Whether all nodes of a group are complete."""
         return mark in self.ended or mark not in self.exchange.program.marks
 
+    def early(self, *marks: object) -> float | None:
+        """Seconds since all of these groups are complete: 0 if they are not; None where there is none of them."""
+        if not all(map(self.reached, marks)):
+            return 0.0
+        ended = [self.ended[mark] for mark in marks if mark in self.ended]
+        return perf_counter() - max(ended) if ended else None
+
     @property
     def resting(self) -> bool:
         """Whether nothing is under way until the caller opens a gate."""

@@ -65,6 +65,7 @@ class HostDriver:
         self.core, self.opened, self.compiled = opened.core, opened, compiled
         self.error: BaseException | None = None
         self.ended = self.orphan = False
+        self.slack = 0.0  # seconds by which what the caller asked for last was early
         opened.phase = "moving data"
         compiled.held = True
         opened.flow = self.flow = Flow(compiled.exchange(0, {opened.region: opened.send.address}))
@@ -122,8 +123,10 @@ class HostDriver:
 
     def reach(self, step: int) -> None:
         """Wait until what comes is there, and memory that is asked for is free."""
-        flow = self.flow
-        self.wait(lambda: flow.reached(("arrived", step)) and flow.reached(("free", step)))
+        flow, marks = self.flow, (("arrived", step), ("free", step))
+        early = flow.early(*marks)
+        self.slack = self.slack if early is None else early
+        self.wait(lambda: all(map(flow.reached, marks)))
 
     def times(self, step: int) -> tuple[float | None, float | None]:
         """When what it brings travelled."""

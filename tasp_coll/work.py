@@ -14,6 +14,7 @@ _CHECK_NAPS = 8  # naps: peers that wait in vain want an answer within a second
 _EAGER_POLLS = 256
 _NAP_SECONDS, _LONGEST_NAP_SECONDS = 5e-5, 5e-3
 _NAP_SHARE = 1 / 16
+_CALM_NAP_SECONDS = 5e-2  # where what comes is early anyway
 
 
 class Operation(Protocol):
@@ -130,12 +131,17 @@ class Patience:
     def __init__(self) -> None:
         self._since: float | None = None
 
-    def nap(self) -> float:
-        """Seconds, after a poll without progress."""
+    def nap(self, slack: float = 0.0) -> float:
+        """Seconds, after a poll without progress. slack: by how many what came before was early.
+
+        Each poll takes the core from whoever computes on it, and what it has in its caches.
+        """
         now = time.monotonic()
         if self._since is None:
             self._since = now
-        return min(max((now - self._since) * _NAP_SHARE, _NAP_SECONDS), _LONGEST_NAP_SECONDS)
+        calm = min(slack * _NAP_SHARE, _CALM_NAP_SECONDS)
+        nap = max((now - self._since) * _NAP_SHARE, _NAP_SECONDS, calm)
+        return min(nap, max(calm, _LONGEST_NAP_SECONDS))
 
     def end(self) -> None:
         """Something came."""
