@@ -27,6 +27,8 @@ class Config:
     turnover: the share of blocks that may change their width at a refresh, after the first map and while training goes
         well: those that gain most; at least one block.
     gradient_share: the mean width of gradients over that of a map of one width with the same cycles.
+    storage: how many cycles are worth a bit less of each element that is stored: with 0 widths save cycles alone, and
+        energy as it comes.
     alarm: training goes wrong when the loss, smoothed, is so many times its best; then the budget grows.
     block: rows x columns of the matrices that a GEMM sees.
     steps: of the whole training, if known. ramp: from 0 to below 1; with steps, the budget of a step grows evenly from
@@ -48,6 +50,7 @@ class Config:
     hysteresis: float = 0.1
     turnover: float = 0.04
     gradient_share: float = 1.0
+    storage: float = 15.0
     alarm: float = 1.5
     block: Block = field(default_factory=Block)
     steps: int | None = None
@@ -64,7 +67,7 @@ class Config:
         _need("bits", self.bits <= 8, "be 2 to 8", self.bits)
         _need("observe", self.observe <= self.refresh, f"be at most refresh, {self.refresh}", self.observe)
         shares = [(name, 0, 1) for name in ("decay", "hysteresis", "turnover")]
-        for name, low, high in (("speedup", 1, 16), *shares, ("gradient_share", 0.25, 4)):
+        for name, low, high in (("speedup", 1, 16), *shares, ("gradient_share", 0.25, 4), ("storage", 0, 1000)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and low <= value <= high
             _need(name, number, f"be a number from {low} to {high}", value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class Controller:
         layout, config, old = self.layout, self.config, self.layout.widths()
         loss = self._share(loss, comm)
         self._judge(loss)
-        meetings = layout.meetings()
+        meetings = replace(layout.meetings(), storage=config.storage)
         whole = meetings.cycles(old.all_at(8))
         if not whole:  # nothing was trained yet that a map could be made for
             return

@@ -5,7 +5,8 @@ are cut into blocks; those at the edges take as long as full ones. Energies are 
 "Computing's energy problem", ISSCC 2014: per 8-bit multiplication 0.2 pJ, 32-bit integer addition 0.1, float16
 multiplication 1.1, float32 addition 0.9, 64 bits from 8 KB of SRAM 10, from 1 MB 100, from DRAM 1300 (the lower end).
 Multipliers scale with b_a * b_b, adder trees with b_a + b_b, memory with the bits stored; sums, steps and the float32
-weights cost the same at any width.
+weights cost the same at any width. Steps are integers under a power of two for each matrix (`integers`, VS-Quant), so
+that what blocks sum up to is multiplied by both steps and added up as an integer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 from dynasty.chip import Chip
+from dynasty.integers import STEP_BITS
 from dynasty.maps import Meetings, Widths
 from dynasty.tiles import Block
 
@@ -21,14 +23,15 @@ ADD_32 = 0.1
 MULTIPLY_FLOAT16, ADD_FLOAT32 = 1.1, 0.9
 SRAM_BIT, BUFFER_BIT, DRAM_BIT = 10 / 64, 100 / 64, 1300 / 64
 _SUM_BITS = 4  # that a sum over a block's depth has beyond its products
-_STEP_BITS, _WIDTH_BITS = 16, 4
+_TOTAL_BITS = 44  # of sums over all blocks: 20 of a block's, 12 of two steps, 12 for 4,096 blocks
+_WIDTH_BITS = 4
 GEMMS = 3
 
 
 @dataclass(frozen=True)
 class Energy:
     """pJ: `multipliers`; `adders` (of products, within a block's depth); `scales` (each such sum times its blocks'
-    steps, added up in float32); `operands` (blocks from the SRAM beside the array); `memory` (activations, gradients
+    steps, added up); `operands` (blocks from the SRAM beside the array); `memory` (activations, gradients
     and quantized weights with their steps and widths, to and from the chip's buffer, and what does not fit into it to
     and from DRAM); `optimizer` (float32 weights and momentum, read and written, in the same memory); `analytics`.
     """
@@ -125,15 +128,15 @@ def _energy(meetings: Meetings, widths: Widths, block: Block, chip: Chip) -> Ene
     product_bits = 64 * 2 * float((u * (w + x + g)).sum())
     sums, sum_bits = spent / block.columns, product_bits / block.columns + _SUM_BITS * spent / block.columns
     held = sum(float((count * bits).sum()) for count, bits in zip(elements, widths, strict=True))
-    held += (_STEP_BITS + _WIDTH_BITS) / block.size * elements.total
+    held += (STEP_BITS + _WIDTH_BITS) / block.size * elements.total
     masters = 2 * 32 * float(elements.w.sum())
     spilled = max(0.0, 1 - 8 * chip.buffer_bytes / (held + masters)) if held else 0.0
     bit = BUFFER_BIT + spilled * DRAM_BIT
     return Energy(
         multipliers=MULTIPLY_8 * meetings.cycles(widths),
         adders=ADD_32 / 32 * product_bits,
-        # Two steps' product is a bfloat16: 8 bits that the array itself multiplies a sum with.
-        scales=MULTIPLY_8 / 64 * 8 * sum_bits + ADD_FLOAT32 * sums,
+        # Two steps' product has twice their bits.
+        scales=MULTIPLY_8 / 64 * 2 * STEP_BITS * sum_bits + ADD_32 / 32 * _TOTAL_BITS * sums,
         # What enters the array at one side meets all of the other.
         operands=SRAM_BIT * product_bits / chip.side,
         # Each operand is written once and read twice, by the two GEMMs that it goes into.

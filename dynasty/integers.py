@@ -3,6 +3,10 @@
 Symmetric: a value is an integer times its block's step, the integer between -qmax and qmax = 2^(bits-1) - 1, or between
 0 and 2^bits - 1 where nothing is negative, as after a ReLU. 0 bits drop a block. A step is the block's peak over qmax,
 rounded up to bfloat16, so that what is computed with is what can be stored and sent.
+
+Where a matrix is multiplied its steps are `shared`: integers of 6 bits times a power of two that they have in common,
+so that products of blocks of different steps and widths add up as integers. Two levels of scales, integers under one
+number, are VS-Quant's (Dai et al., MLSys 2021, arXiv 2102.04503).
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ ROUNDINGS = ("nearest", "stochastic")
 # The step of the uniform quantizer with 2^bits - 1 levels that suits a normal distribution, over its root mean square.
 # Weights have outliers that are worth cutting off at few bits; activations lose accuracy by it even at 8.
 NORMAL_STEPS = {2: 1.22, 3: 0.59}
-_LARGEST = torch.finfo(torch.bfloat16).max
+STEP_BITS = 6  # of the integers that shared steps are
+_LARGEST, _SMALLEST = torch.finfo(torch.bfloat16).max, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,14 @@ def quantize(
     rounding: str = "nearest",
     signed: bool = True,
     generator: torch.Generator | None = None,
+    shared: bool = False,
 ) -> Quantized:
     """A matrix in integers of few bits.
 
     matrix: (..., M, K) floating point, on any device; for signed=False without negative elements. bits: 0 or 2 to 8,
     one for all blocks or (..., R, C) integers, broadcast. block: default 16 x 16. rounding: "nearest", or "stochastic",
-    whose mean over its noise is the value itself. generator: of that noise, on the matrix's device.
+    whose mean over its noise is the value itself. generator: of that noise, on the matrix's device. shared: whether all
+    steps of `matrix` are small integers times one power of two; those of blocks far below the others are coarser then.
 
     A block that holds infinities or NaN has a step that is not finite and comes back as NaN throughout.
     Raises ArgumentError for arguments that do not fit.
@@ -68,7 +75,7 @@ def quantize(
     block = block or Block()
     widths = _checked(matrix, bits, block, rounding)
     strips = block.strips(matrix.detach().float())
-    steps = steps_for(block.peaks(strips), widths, signed)
+    steps = steps_for(block.peaks(strips), widths, signed, shared=shared)
     codes = rounded(strips, block.along(steps), rounding, generator)
     codes = torch.where(block.along(steps.isfinite()), codes, 0)
     if signed:
@@ -82,7 +89,9 @@ def levels(bits: Tensor, signed: bool) -> Tensor:
     return torch.exp2(width - 1).floor() - 1 + (bits == 0) if signed else torch.exp2(width) - 1
 
 
-def steps_for(peaks: Tensor, bits: Tensor, signed: bool, mean_squares: Tensor | None = None) -> Tensor:
+def steps_for(
+    peaks: Tensor, bits: Tensor, signed: bool, mean_squares: Tensor | None = None, *, shared: bool = False
+) -> Tensor:
     """What an integer counts in each block: (..., R, C) float32.
 
     mean_squares: of blocks whose values may be cut off at 2 and 3 bits, as weights': see NORMAL_STEPS.
@@ -92,7 +101,8 @@ def steps_for(peaks: Tensor, bits: Tensor, signed: bool, mean_squares: Tensor | 
         root = mean_squares.sqrt()
         for width, factor in NORMAL_STEPS.items():
             wanted = torch.where(bits == width, torch.minimum(wanted, factor * root), wanted)
-    return torch.where((bits == 0) & wanted.isfinite(), 0.0, _up_to_bfloat16(wanted))
+    dropped = (bits == 0) & wanted.isfinite()
+    return torch.where(dropped, 0.0, _up_to_shared(wanted, bits, signed) if shared else _up_to_bfloat16(wanted))
 
 
 def rounded(strips: Tensor, steps: Tensor, rounding: str, generator: torch.Generator | None = None) -> Tensor:
@@ -107,6 +117,18 @@ def _up_to_bfloat16(steps: Tensor) -> Tensor:
     """Steps are not negative, so their bits rise with their value; rounded up no integer exceeds qmax."""
     up = ((steps.contiguous().view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
     return torch.where(steps.isfinite(), up.clamp_max(_LARGEST), steps)
+
+
+def _up_to_shared(steps: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """Steps times 2^bits, in proportion to the peaks, as integers of `STEP_BITS` times one power of two."""
+    if not steps.numel():
+        return steps
+    places = torch.exp2(bits.float() - int(signed) - STEP_BITS)  # below 1, so that nothing becomes infinite
+    wanted = steps * places
+    most = torch.where(wanted.isfinite() & (bits > 0), wanted, 0.0).amax()
+    unit = torch.exp2(torch.frexp(most)[1].float() - STEP_BITS)  # most is half of 2^STEP_BITS, or more
+    unit = torch.where(most > (2**STEP_BITS - 1) * unit, 2 * unit, unit).clamp_min(_SMALLEST)
+    return torch.where(steps.isfinite(), (wanted / unit).ceil() * unit / places, steps)
 
 
 def _checked(matrix: Tensor, bits: int | Tensor, block: Block, rounding: str) -> Tensor:

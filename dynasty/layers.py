@@ -17,11 +17,17 @@ from torch.autograd.function import once_differentiable
 
 from dynasty.config import Config
 from dynasty.operands import channel_block, channels_last, fake, images, kernel, kernel_matrix
+from dynasty.tiles import Block
 
 # Running means per block: of activations and gradients the squared peak (of gradients times the share of values that
 # are not 0) and the square of a value; of gradients also the peak times the mean magnitude; of activations and weights
 # the squared gradient that an element saw, which is what an error there does to the loss.
 STATISTICS = ("x_peak", "x_square", "x_slope", "w_slope", "g_peak", "g_square", "g_mean")
+
+
+def _part(batch: int) -> int:
+    """How much of a batch is enough for the statistics of a gradient that nothing else wants."""
+    return -(-batch // 4)
 
 
 class Quantizing(nn.Module):
@@ -46,6 +52,7 @@ class Quantizing(nn.Module):
         self.observing = False
         self.rows = self.input_rows = 0  # of outputs' and inputs' matrices, in the last training step
         self.step_is_over = True  # the controller says so; until then uses of the layer add up
+        self.noted = 0  # elements times sums of them that statistics took, if the step is observed
         self.extra_macs = 0  # of an input gradient that only the statistics need
         self.x_block, self.g_block = channel_block(inputs, config.block), channel_block(outputs, config.block)
         weights = self.to_matrix(self.weight)
@@ -106,11 +113,11 @@ class Quantizing(nn.Module):
 
     @property
     def observation_macs(self) -> int:
-        """What an observed step's statistics take: a square for each element of activations, gradients (and two sums)
-        and weight gradient, and of the input's gradient, whose GEMM is counted where only the statistics want it.
+        """What an observed step's statistics take: a square for each element looked at of activations, gradients (and
+        two sums) and weight gradient, and of the input's gradient, whose GEMM is counted where only they want it: of a
+        quarter of the batch then.
         """
-        sums = 2 * self.input_rows * self.inputs + 3 * self.rows * self.outputs + self.weight.numel()
-        return sums + self.extra_macs
+        return self.noted + self.weight.numel() + self.extra_macs
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer that was converted; the result has x's dtype."""
@@ -124,7 +131,7 @@ class Quantizing(nn.Module):
         signed = bool(rows.numel()) and bool(rows.amin() < 0)
         if self.observing and self.training and rows.numel():
             self.x_signed.fill_(signed)
-            strips = self.x_block.strips(rows.float())
+            strips = self._some(self.x_block, rows)
             self._note("x_peak", self.x_block.peaks(strips).square())
             self._note("x_square", self.x_block.mean_squares(strips))
         return self.back(fake(rows, self.x_bits, self.x_block, signed=signed), x.shape)
@@ -139,13 +146,12 @@ class Quantizing(nn.Module):
             return g.float()
         rows = self.rows_of(g)
         if self.observing and rows.numel():
-            self._note_gradient(self.g_block.strips(rows.float()))
+            self._note_gradient(self._some(self.g_block, rows))
         return self.back(fake(rows, self.g_bits, self.g_block, rounding="stochastic"), g.shape)
 
     def observe(self, x_gradient: Tensor, w_gradient: Tensor) -> None:
         """The slopes; called last in an observed step."""
-        strips = self.x_block.strips(self.rows_of(x_gradient).float())
-        self._note("x_slope", self.x_block.mean_squares(strips))
+        self._note("x_slope", self.x_block.mean_squares(self._some(self.x_block, self.rows_of(x_gradient))))
         block = self.config.block
         self._note("w_slope", block.mean_squares(block.strips(self.to_matrix(w_gradient))))
         self.seen += 1
@@ -160,14 +166,20 @@ class Quantizing(nn.Module):
     def count(self, rows: int, input_rows: int, first: bool) -> None:
         """Adds a use of the layer to the step's; first: only the statistics want the gradient of its input."""
         if self.step_is_over:
-            self.rows = self.input_rows = self.extra_macs = 0
+            self.rows = self.input_rows = self.extra_macs = self.noted = 0
             self.step_is_over = False
         self.rows, self.input_rows = self.rows + rows, self.input_rows + input_rows
-        self.extra_macs += rows * self.weight.numel() if first else 0
+        self.extra_macs += _part(rows) * self.weight.numel() if first else 0
+        self.noted += 2 * self.x_block.seen_rows(input_rows) * self.inputs
+        self.noted += 3 * self.g_block.seen_rows(rows) * self.outputs
 
     def statistics(self) -> Iterator[Tensor]:
         """The buffers that data-parallel ranks average."""
         return (getattr(self, name) for name in STATISTICS)
+
+    def _some(self, block: Block, rows: Tensor) -> Tensor:
+        """Strips of a matrix, enough of them for statistics."""
+        return block.sample(block.strips(rows.float()), int(self.seen))
 
     def _note_gradient(self, strips: Tensor) -> None:
         block, peaks = self.g_block, self.g_block.peaks(strips)
@@ -293,10 +305,15 @@ class _Gemms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         layer, (x, weight) = ctx.layer, ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0] or layer.observing, ctx.needs_input_grad[1] or layer.observing
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or layer.observing
+        observed = layer.observing and grad.numel()
         with torch.autocast(grad.device.type, enabled=False):
-            found = layer.gradients(layer.quantized_gradient(grad), x, weight, wanted)
-        if layer.observing and grad.numel():
-            layer.observe(*found)
+            g = layer.quantized_gradient(grad)
+            found = slope, _ = layer.gradients(g, x, weight, wanted)
+            if observed and not wanted[0]:
+                some = slice(_part(len(g)) if g.ndim > 1 else None)
+                slope, _ = layer.gradients(g[some], x[some], weight, (True, False))
+        if observed:
+            layer.observe(slope, found[1])
         asked = zip(found, ctx.needs_input_grad[:2], ctx.dtypes, strict=True)
         return *(value.to(dtype) if needed else None for value, needed, dtype in asked), None

@@ -62,6 +62,7 @@ class Meetings:
 
     x, g, u: (blocks of weights,), for each its partners' places, and its multiply-accumulates of one GEMM over 64, with
     edges. elements: of each block of activations, weights and gradients. macs: of all three GEMMs, without edges.
+    storage: how many cycles are worth a bit less of each element that is stored.
     """
 
     x: Tensor
@@ -69,6 +70,7 @@ class Meetings:
     u: Tensor
     elements: Widths
     macs: float
+    storage: float = 0.0
 
     def cycles(self, widths: Widths) -> float:
         """Of one step."""
@@ -86,6 +88,11 @@ class Meetings:
     def price_g(self, widths: Widths) -> Tensor:
         """The same per block of output channels."""
         return torch.zeros_like(widths.g).index_add_(0, self.g, self.u * (widths.w + widths.x[self.x]))
+
+    def rated(self, x: Tensor, w: Tensor, g: Tensor) -> Widths:
+        """Prices with what storing a bit more is worth."""
+        pairs = zip((x, w, g), self.elements, strict=True)
+        return Widths(*(price + self.storage * elements for price, elements in pairs))
 
 
 @dataclass(frozen=True)
@@ -114,17 +121,16 @@ def assign(
     """
     widths = old
     for _ in range(_ROUNDS):
-        g_price = meetings.price_g(widths)
-        g_rate, widths = _gradients(curves, g_price, widths, old, gradient_width, hysteresis)
-        x_price, w_price = meetings.price_x(widths), meetings.price_w(widths)
-        rate, widths = _others(curves, meetings, (x_price, w_price), widths, old, budget, hysteresis)
+        cycles = meetings.price_g(widths)
+        price = meetings.rated(meetings.price_x(widths), meetings.price_w(widths), cycles)
+        g_rate, widths = _gradients(curves, price.g, cycles, widths, old, gradient_width, hysteresis)
+        price = meetings.rated(meetings.price_x(widths), meetings.price_w(widths), cycles)
+        rate, widths = _others(curves, meetings, price, widths, old, budget, hysteresis)
     if most is None:
         return widths
-    gains = (
-        _gains(curves.x, curves.choice, x_price, rate, old.x, widths.x),
-        _gains(curves.w, curves.choice, w_price, rate, old.w, widths.w),
-        _gains(curves.g, curves.choice, g_price, g_rate, old.g, widths.g),
-    )
+    rates = rate, rate, g_rate
+    losses = curves.x, curves.w, curves.g
+    gains = [_gains(loss, curves.choice, *each) for loss, *each in zip(losses, price, rates, old, widths, strict=True)]
     calm = _best_changes(old, widths, gains, most)
     if meetings.cycles(calm) <= budget:
         return calm
@@ -134,34 +140,26 @@ def assign(
 
 
 def _gradients(
-    curves: Curves, price: Tensor, widths: Widths, old: Widths, mean: float, hysteresis: float
+    curves: Curves, price: Tensor, cycles: Tensor, widths: Widths, old: Widths, mean: float, hysteresis: float
 ) -> tuple[float, Widths]:
     def at(rate: float) -> Widths:
         return replace(widths, g=_cheapest(curves.g, curves.choice, price * rate, old.g, hysteresis))
 
-    return _within(at, lambda found: float(((found.g - mean) * price).sum()) <= 0, _scale(curves.g, price))
+    return _within(at, lambda found: float(((found.g - mean) * cycles).sum()) <= 0, _scale(curves.g, price))
 
 
 def _others(
-    curves: Curves,
-    meetings: Meetings,
-    prices: tuple[Tensor, Tensor],
-    widths: Widths,
-    old: Widths,
-    budget: float,
-    hysteresis: float,
+    curves: Curves, meetings: Meetings, price: Widths, widths: Widths, old: Widths, budget: float, hysteresis: float
 ) -> tuple[float, Widths]:
-    x_price, w_price = prices
-
     def at(rate: float) -> Widths:
-        x = _cheapest(curves.x, curves.choice, x_price * rate, old.x, hysteresis)
-        return Widths(x, _cheapest(curves.w, curves.choice, w_price * rate, old.w, hysteresis), widths.g)
+        x = _cheapest(curves.x, curves.choice, price.x * rate, old.x, hysteresis)
+        return Widths(x, _cheapest(curves.w, curves.choice, price.w * rate, old.w, hysteresis), widths.g)
 
-    return _within(at, lambda found: meetings.cycles(found) <= budget, _scale(curves.w, w_price))
+    return _within(at, lambda found: meetings.cycles(found) <= budget, _scale(curves.w, price.w))
 
 
 def _gains(curves: Tensor, choice: Tensor, price: Tensor, rate: float, old: Tensor, new: Tensor) -> Tensor:
-    """What a change saves, in cycles; all there is where the choice lacks the old width, 0 where nothing changes."""
+    """What a change saves, in rated cycles; infinite where the choice lacks the old width, 0 where nothing changes."""
     prices = curves / max(rate, _TINY) + price[:, None] * choice
     held, found = (torch.searchsorted(choice, each).clamp_max(len(choice) - 1)[:, None] for each in (old, new))
     saved = (prices.gather(1, held) - prices.gather(1, found)).squeeze(1).clamp_min(_TINY)

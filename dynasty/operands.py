@@ -16,13 +16,13 @@ from dynasty.tiles import Block
 def fake(
     matrix: Tensor, bits: Tensor, block: Block, *, rounding: str = "nearest", signed: bool = True, clip: bool = False
 ) -> Tensor:
-    """`quantize(...).dequantize()` without the integers: (..., M, K) -> (..., M, K) float32.
+    """`quantize(..., shared=True).dequantize()` without the integers: (..., M, K) -> (..., M, K) float32.
 
     clip: cut off what lies outside the best 2 and 3 bits of a normal distribution (see `integers.NORMAL_STEPS`).
     """
     strips = block.strips(matrix.float())
     squares = block.mean_squares(strips) if clip else None
-    steps = steps_for(block.peaks(strips), bits, signed, squares)
+    steps = steps_for(block.peaks(strips), bits, signed, squares, shared=True)
     beside = block.along(steps)
     counts = rounded(strips, beside, rounding)
     if clip:

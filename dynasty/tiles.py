@@ -15,6 +15,9 @@ from torch.nn.functional import pad
 
 from tasp_coll import ArgumentError
 
+_SAMPLE = 64  # strips
+_GOLDEN = 0.6180339887498949
+
 
 @dataclass(frozen=True)
 class Block:
@@ -44,6 +47,20 @@ class Block:
         if spare_rows or spare_columns:
             matrix = pad(matrix, (0, spare_columns, 0, spare_rows))
         return matrix.unflatten(-2, (down, self.rows))
+
+    def seen_rows(self, rows: int) -> int:
+        """How many rows of so many `sample` looks at."""
+        return min(rows, _SAMPLE * self.rows) if self.grid(rows, 1)[0] >= 2 * _SAMPLE else rows
+
+    @staticmethod
+    def sample(strips: Tensor, turn: int) -> Tensor:
+        """Some of many strips (R, rows, C * columns), spread evenly: enough for a mean. Others at each turn."""
+        count = len(strips)
+        if count < 2 * _SAMPLE:
+            return strips
+        numbers = torch.arange(turn * _SAMPLE, (turn + 1) * _SAMPLE, dtype=torch.float64, device=strips.device)
+        # Multiples of the golden section never fall into step with what repeats in the rows, as images do.
+        return strips[(numbers * _GOLDEN % 1 * count).long()]
 
     def matrix(self, strips: Tensor, rows: int, columns: int) -> Tensor:
         """The way back: (..., R, rows, C * columns) -> (..., M, K), a view."""

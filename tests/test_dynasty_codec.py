@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynasty import Block, pack, packed_bytes, quantize, unpack
-from dynasty.integers import WIDTHS
+from dynasty.integers import STEP_BITS, WIDTHS
 from dynasty.vectors import Format
 from tasp_coll import ArgumentError, ArgumentTypeError
 
@@ -36,13 +37,14 @@ def drawn(seed: int, shape: tuple[int, ...], block: Block, signed: bool) -> tupl
     BLOCKS,
     st.booleans(),
     st.sampled_from(["nearest", "stochastic"]),
+    st.booleans(),
 )
 def test_what_is_packed_comes_back(
-    seed: int, lead: list[int], rows: int, columns: int, block: Block, signed: bool, rounding: str
+    seed: int, lead: list[int], rows: int, columns: int, block: Block, signed: bool, rounding: str, shared: bool
 ) -> None:
     shape = (*lead, rows, columns)
     matrix, widths = drawn(seed, shape, block, signed)
-    quantized = quantize(matrix, widths, block=block, signed=signed, rounding=rounding)
+    quantized = quantize(matrix, widths, block=block, signed=signed, rounding=rounding, shared=shared)
     packed = pack(quantized)
     assert len(packed) == packed_bytes(quantized.bits, block)
     back = unpack(torch.cat([packed, packed[:3]]), shape, block=block, signed=signed)
@@ -53,10 +55,12 @@ def test_what_is_packed_comes_back(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 40), BLOCKS, st.booleans())
-def test_nearest_is_off_by_half_a_step_at_most(seed: int, rows: int, columns: int, block: Block, signed: bool) -> None:
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 40), BLOCKS, st.booleans(), st.booleans())
+def test_nearest_is_off_by_half_a_step_at_most(
+    seed: int, rows: int, columns: int, block: Block, signed: bool, shared: bool
+) -> None:
     matrix, widths = drawn(seed, (rows, columns), block, signed)
-    quantized = quantize(matrix, widths, block=block, signed=signed)
+    quantized = quantize(matrix, widths, block=block, signed=signed, shared=shared)
     steps = block.matrix(block.along(quantized.steps).expand_as(quantized.codes), rows, columns)
     kept = block.matrix(block.along(quantized.bits).expand_as(quantized.codes), rows, columns) > 0
     found = quantized.dequantize()
@@ -64,7 +68,29 @@ def test_nearest_is_off_by_half_a_step_at_most(seed: int, rows: int, columns: in
     assert bool((off <= 0.5000001 * steps.double())[kept].all())
     assert bool((found[~kept] == 0).all())
     assert signed or bool((found >= 0).all())
-    assert bool((found.abs() <= 1.008 * matrix.abs().amax()).all())
+    assert bool((found.abs() <= (1.065 if shared else 1.008) * matrix.abs().amax()).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 60), BLOCKS, st.booleans())
+def test_shared_steps_are_integers_under_one_power_of_two(
+    seed: int, rows: int, columns: int, block: Block, signed: bool
+) -> None:
+    """And, next to a block's own, coarser by a unit of the largest at most."""
+    matrix, widths = drawn(seed, (rows, columns), block, signed)
+    own, shared = (quantize(matrix, widths, block=block, signed=signed, shared=each).steps for each in (False, True))
+    places = torch.exp2(widths.double() - int(signed))
+    scaled = shared.double() * places
+    largest = float(scaled.max())
+    if not largest:
+        assert not bool(own.any())
+        return
+    unit = 2.0 ** (math.frexp(largest)[1] - STEP_BITS)
+    counts = scaled / unit
+    assert bool((counts == counts.round()).all())
+    assert 2**STEP_BITS / 2 <= float(counts.max()) < 2**STEP_BITS
+    assert bool((scaled <= (own.double() * places * (1 + 1e-6) + 2 * unit)).all())
+    assert bool((scaled * (1 + 2**-7) >= own.double() * places)[widths > 0].all())
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -96,10 +122,11 @@ def test_what_is_not_finite_spoils_its_block_alone(bits: int, bad: float) -> Non
     assert bool(found.isfinite().all())
 
 
-def test_extremes() -> None:
-    for value in (0.0, 1e-45, 1e-38, 3.4028234e38):
+@pytest.mark.parametrize("shared", [True, False])
+def test_extremes(shared: bool) -> None:
+    for value in (0.0, 3.4028234e38, *((1e-34,) if shared else (1e-45, 1e-38))):
         matrix = torch.full((16, 16), value)
-        found = quantize(matrix, 8).dequantize()
+        found = quantize(matrix, 8, shared=shared).dequantize()
         assert bool(found.isfinite().all())
         assert bool(((found - matrix).abs() <= max(0.01 * value, 1e-40)).all()), value
 

@@ -180,6 +180,7 @@ def test_ranks_with_different_data_have_the_same_maps() -> None:
             {"hysteresis": 2},
             {"turnover": -0.1},
             {"gradient_share": 0},
+            {"storage": -1},
             {"alarm": 1},
             {"steps": 0},
             {"steps": True},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynasty import Block, Chip, Cost
-from dynasty.cost import ADD_FLOAT32, BUFFER_BIT, DRAM_BIT, SRAM_BIT, analytics_cost, step_cost
+from dynasty.cost import ADD_32, BUFFER_BIT, DRAM_BIT, SRAM_BIT, analytics_cost, step_cost
 from dynasty.maps import Meetings, Widths
 
 BLOCK, LARGE = Block(), Chip(side=32, buffer_bytes=1 << 30)
@@ -46,12 +46,12 @@ def test_every_part_by_hand() -> None:
     bits = 8192 * 2 * (x + w + g)  # of both operands of all products: a width of a sum of two, three GEMMs
     sums = 3 * 8192 / 16
     sum_bits = bits / 16 + 4 * sums
-    held = 512 * x + 256 * w + 512 * g + (16 + 4) * (512 + 256 + 512) / 256
+    held = 512 * x + 256 * w + 512 * g + (6 + 4) * (512 + 256 + 512) / 256
     masters = 2 * 32 * 256
     energy = cost.energy
     assert energy.multipliers == pytest.approx(0.2 * cost.cycles)
     assert energy.adders == pytest.approx(0.1 * bits / 32)
-    assert energy.scales == pytest.approx(0.2 * 8 / 64 * sum_bits + ADD_FLOAT32 * sums)
+    assert energy.scales == pytest.approx(0.2 * 12 / 64 * sum_bits + ADD_32 * 44 / 32 * sums)
     assert energy.operands == pytest.approx(SRAM_BIT * bits / 32)
     assert energy.memory == pytest.approx(BUFFER_BIT * 3 * held)
     assert energy.optimizer == pytest.approx(BUFFER_BIT * 2 * masters)

@@ -67,11 +67,12 @@ def test_a_linear_layer_is_gemms_of_quantized_operands(bits: int, positive: bool
     layer, x = nn.Linear(36, 20, bias=False), torch.randn(40, 36)
     x = x.relu() if positive else x
     grad = torch.randn(40, 20).sign() * 0.5
-    weight = quantize(layer.weight, bits).dequantize()
-    data = quantize(x, bits, signed=not positive).dequantize()
+    weight = quantize(layer.weight, bits, shared=True).dequantize()
+    data = quantize(x, bits, signed=not positive, shared=True).dequantize()
     top = 2 ** (bits - 1) - 1
-    torch.testing.assert_close(quantize(grad, bits).dequantize(), grad, rtol=1 / 64, atol=0)  # the step is a bfloat16
-    grad = torch.full_like(grad, 0.5 / top).bfloat16().float() * top * grad.sign()
+    # A step is rounded up, to an integer of 6 bits times a power of two.
+    torch.testing.assert_close(quantize(grad, bits, shared=True).dequantize(), grad, rtol=1 / 16, atol=0)
+    grad = grad.sign() * top / 16
     found = outcomes(dynasty.convert(layer, Config(method="equal", bits=bits)), x, grad)
     for value, wanted in zip(found, (data @ weight.T, grad @ weight, grad.T @ data), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
@@ -81,9 +82,9 @@ def test_a_convolution_is_gemms_of_quantized_operands() -> None:
     """Activations in blocks of positions and channels, weights in blocks for each place of the kernel."""
     layer, x = nn.Conv2d(17, 18, 3, bias=False), torch.randn(2, 17, 6, 6)
     rows = x.permute(0, 2, 3, 1).reshape(-1, 17)
-    data = quantize(rows, 4).dequantize().reshape(2, 6, 6, 17).permute(0, 3, 1, 2)
-    places = [quantize(layer.weight[:, :, i, j], 4).dequantize() for i in range(3) for j in range(3)]
-    weight = torch.stack(places, -1).reshape(18, 17, 3, 3)
+    data = quantize(rows, 4, shared=True).dequantize().reshape(2, 6, 6, 17).permute(0, 3, 1, 2)
+    places = quantize(layer.weight.permute(2, 3, 0, 1).reshape(9, 18, 17), 4, shared=True).dequantize()
+    weight = places.permute(1, 2, 0).reshape(18, 17, 3, 3)
     wanted = nn.functional.conv2d(data, weight)
     torch.testing.assert_close(dynasty.convert(layer, Config(method="equal", bits=4))(x), wanted, rtol=1e-4, atol=1e-4)
 
@@ -93,8 +94,8 @@ def test_few_channels_share_blocks_with_more_positions() -> None:
     block = channel_block(3, Block())
     assert (block.rows, block.columns) == (86, 3)
     rows = x.permute(0, 2, 3, 1).reshape(-1, 3)
-    data = quantize(rows, 4, block=block).dequantize().reshape(2, 9, 9, 3).permute(0, 3, 1, 2)
-    merged = quantize(layer.weight.permute(0, 2, 3, 1).reshape(4, 27), 4).dequantize()
+    data = quantize(rows, 4, block=block, shared=True).dequantize().reshape(2, 9, 9, 3).permute(0, 3, 1, 2)
+    merged = quantize(layer.weight.permute(0, 2, 3, 1).reshape(4, 27), 4, shared=True).dequantize()
     wanted = nn.functional.conv2d(data, merged.reshape(4, 3, 3, 3).permute(0, 3, 1, 2))
     torch.testing.assert_close(dynasty.convert(layer, Config(method="equal", bits=4))(x), wanted, rtol=1e-4, atol=1e-4)
 
@@ -103,7 +104,7 @@ def test_weight_gradients_are_unbiased() -> None:
     """Each of many is within a step of what it should be; their mean is far nearer."""
     layer = nn.Linear(16, 16, bias=False)
     x, grad = torch.randn(16, 16), torch.randn(16, 16)
-    data = quantize(x, 3).dequantize()
+    data = quantize(x, 3, shared=True).dequantize()
     converted = dynasty.convert(layer, Config(method="equal", bits=3))
     times = 300
     found = torch.stack([outcomes(converted, x, grad)[2] for _ in range(times)])
@@ -207,3 +208,36 @@ def test_state_is_in_checkpoints_and_copies() -> None:
 def test_models_that_cannot_be_converted(model: Any, config: Config | None, told: str) -> None:
     with pytest.raises((ValueError, TypeError), match=told):
         dynasty.convert(model, config)
+
+
+@pytest.mark.parametrize("period", [1, 7, 49, 64])
+def test_statistics_of_some_strips_are_those_of_all(period: int) -> None:
+    """Rows repeat as images do, and no sample falls into step with them; turns look at other strips."""
+    block = Block()
+    rows = torch.randn(period * 16, 32) * torch.linspace(0.1, 3, period * 16)[:, None]
+    strips = block.strips(rows.repeat(-(-1024 // period), 1))
+    samples = [block.sample(strips, turn) for turn in range(8)]
+    assert {tuple(each.shape) for each in samples} == {(64, 16, 32)}
+    assert block.seen_rows(strips.shape[0] * 16) == 1024
+    wanted = block.mean_squares(strips).mean()
+    found = torch.stack([block.mean_squares(each).mean() for each in samples])
+    assert float((found / wanted - 1).abs().max()) < 0.25
+    assert float(found.mean() / wanted - 1) == pytest.approx(0, abs=0.05)
+    few = block.strips(rows[:16])
+    assert block.sample(few, 3) is few
+    assert block.seen_rows(16) == 16
+
+
+def test_the_first_layers_slope_comes_from_a_part_of_the_batch() -> None:
+    """Nothing else wants its input's gradient; where something does, it is of the whole."""
+    layer: Any = dynasty.convert(nn.Sequential(nn.Conv2d(16, 16, 3)), Config())
+    x, grad = torch.randn(64, 16, 6, 6), torch.randn(64, 16, 4, 4)
+    slopes, macs = [], []
+    for wanted in (False, True):
+        layer[0].observing, layer[0].step_is_over = True, True
+        layer[0].seen.zero_()
+        layer(x.clone().requires_grad_(wanted)).backward(grad)
+        slopes.append(float(layer[0].x_slope))
+        macs.append(layer[0].extra_macs)
+    assert macs == [16 * 16 * layer[0].weight.numel(), 0]
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.1)

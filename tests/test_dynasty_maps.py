@@ -81,8 +81,8 @@ def test_gradients_keep_to_their_mean() -> None:
 def test_hysteresis_keeps_widths(hysteresis: float, share: float) -> None:
     """Sensitivities that flutter by a third change fewer blocks, and the budget is met all the same."""
     generator = torch.Generator().manual_seed(5)
-    meet = Meetings(torch.arange(300), torch.arange(300), torch.ones(300), eights(), 0.0)
     wide = Widths(*(torch.full((300,), 8.0) for _ in "xwg"))
+    meet = Meetings(torch.arange(300), torch.arange(300), torch.ones(300), wide, 0.0)
     sizes = [10 ** (3 * torch.rand(300, 1, generator=generator)) for _ in "xwg"]
     budget = 0.25 * meet.cycles(wide)
 
@@ -104,8 +104,8 @@ def test_hysteresis_keeps_widths(hysteresis: float, share: float) -> None:
 def test_few_changes_are_those_that_gain_most(share: float) -> None:
     """From a map that suits a quarter of the cycles, to another budget and other sensitivities, a tenth at a time."""
     generator = torch.Generator().manual_seed(6)
-    meet = Meetings(torch.arange(100), torch.arange(100), torch.ones(100), eights(), 0.0)
     wide = Widths(*(torch.full((100,), 8.0) for _ in "xwg"))
+    meet = Meetings(torch.arange(100), torch.arange(100), torch.ones(100), wide, 0.0)
     before, after = (
         Curves(CHOICE, *(10 ** (3 * torch.rand(100, 1, generator=generator)) * 4.0**-CHOICE for _ in "xwg"))
         for _ in range(2)
@@ -131,6 +131,33 @@ def test_few_changes_give_up_what_the_choice_lacks() -> None:
     sevens = Widths(torch.full((3,), 7.0), torch.full((4,), 7.0), torch.full((3,), 7.0))
     found = assign(curves(4), meetings(4), sevens, 1e9, 8.0, 0.1, most=1)
     assert found.changed(sevens) == 1
+
+
+def test_what_the_choice_lacks_is_given_up_over_budget_too() -> None:
+    """Of the others only those change that get narrower."""
+    meet = meetings(4)
+    held = Widths(torch.tensor([8.0, 7, 8]), torch.full((4,), 8.0), torch.full((3,), 8.0))
+    found = assign(curves(4), meet, held, 0.0, 2.0, 0.1, most=1)
+    assert found.changed(held) == 0.1
+    assert found.x[1] in CHOICE
+    assert meet.cycles(found) < meet.cycles(held)
+
+
+def test_storage_takes_bits_from_blocks_of_many_elements() -> None:
+    """The cycles are the same, the bits that are stored fewer."""
+    generator = torch.Generator().manual_seed(7)
+    wide = Widths(*(torch.full((200,), 8.0) for _ in "xwg"))
+    elements = Widths(*(10 ** (2 * torch.rand(200, generator=generator)) for _ in "xwg"))
+    of = Curves(CHOICE, *(10 ** (3 * torch.rand(200, 1, generator=generator)) * 4.0**-CHOICE for _ in "xwg"))
+    stored, cycles = [], []
+    for storage in (0.0, 0.05, 0.5):
+        meet = Meetings(torch.arange(200), torch.arange(200), torch.ones(200), elements, 0.0, storage)
+        found = assign(of, meet, wide, 0.25 * meet.cycles(wide), 4.0, 0.0)
+        stored.append(sum(float((bits * each).sum()) for bits, each in zip(found, elements, strict=True)))
+        cycles.append(meet.cycles(found) / meet.cycles(wide))
+    assert stored[0] > stored[1] > stored[2]
+    assert stored[2] < 0.9 * stored[0]
+    assert all(0.23 < each <= 0.25 for each in cycles)
 
 
 def test_a_width_that_the_choice_lacks_is_given_up() -> None:
