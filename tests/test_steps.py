@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from loopback_ranks import on_ranks
 from tasp_coll import ArgumentError, CollectiveError, Communicator, MismatchError, Rows, ScheduleError, plan
+from tasp_coll.work import Patience
 
 Array = np.ndarray[Any, Any]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -268,6 +269,35 @@ def test_a_stream_that_waits_for_its_caller_is_left_alone() -> None:
 
     for polls in on_ranks(3, body):
         assert max(polls) <= 20, "every 50 ms, not every few"
+
+
+def test_naps_are_long_where_what_comes_is_early() -> None:
+    patience = Patience()
+    assert patience.nap() == pytest.approx(5e-5)
+    assert patience.nap(0.16) == pytest.approx(0.01)
+    assert patience.nap(1e6) == pytest.approx(0.05)
+    time.sleep(0.02)
+    assert 1e-3 < patience.nap() <= 5e-3
+    patience.end()
+    assert patience.nap() == pytest.approx(5e-5)
+
+
+def test_a_stream_knows_how_early_its_steps_are() -> None:
+    """By the step that was asked for last; with something else under way nobody is to wait."""
+
+    def body(comm: Communicator) -> list[float]:
+        found, engine = [], comm._core.engine
+        with comm.allgather_steps(shard(comm.rank, 30), algorithm="rings") as stream:
+            for pause, _ in zip((0.5, 0.5, 0.0), stream, strict=False):
+                found.append(engine.slack)
+                time.sleep(pause)
+        assert engine.slack == 0
+        return found
+
+    for first, second, third in on_ranks(4, body):
+        assert first == 0
+        assert 0.1 < second < 5
+        assert 0.1 < third < 5
 
 
 def test_steps_without_anything_to_bring() -> None:
