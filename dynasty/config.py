@@ -28,7 +28,8 @@ class Config:
         well: those that gain most; at least one block.
     gradient_share: the mean width of gradients over that of a map of one width with the same cycles.
     storage: how many cycles are worth a bit less of each element that is stored: with 0 widths save cycles alone, and
-        energy as it comes.
+        energy as it comes; about 15 where energy counts. It takes bits from what is used by few multiplications, as
+        activations of narrow linear layers are.
     alarm: training goes wrong when the loss, smoothed, is so many times its best; then the budget grows.
     block: rows x columns of the matrices that a GEMM sees.
     steps: of the whole training, if known. ramp: from 0 to below 1; with steps, the budget of a step grows evenly from
@@ -50,7 +51,7 @@ class Config:
     hysteresis: float = 0.1
     turnover: float = 0.04
     gradient_share: float = 1.0
-    storage: float = 15.0
+    storage: float = 0.0
     alarm: float = 1.5
     block: Block = field(default_factory=Block)
     steps: int | None = None

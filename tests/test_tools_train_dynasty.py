@@ -51,6 +51,7 @@ def test_trainings_go_seed_by_seed() -> None:
         (["--grad-bits", "fp8"], "must be of float32, bfloat16, 8, dynamic"),
         (["--resume"], "--resume needs --json PATH"),
         (["--lr", "0"], "must be a number > 0"),
+        (["--storage", "1e4"], "--storage must be at most 1000, got 10000"),
     ],
 )
 def test_wrong_usage(argv: Sequence[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,10 +20,12 @@ DATA_SETS = ("fashion-mnist", "cifar-100", "imagenet", "text")
 GRADS = ("float32", "bfloat16", "8", "dynamic")
 _SETTING = (
     *("model", "width", "depth", "seq_len", "data_set", "images", "test_images"),
-    *("block", "refresh", "warmup", "ramp", "epochs", "batch", "optimizer", "lr", "weight_decay", "mean_bits"),
+    *("block", "refresh", "warmup", "ramp", "storage", "epochs", "batch", "optimizer", "lr", "weight_decay"),
+    "mean_bits",
 )
 _OBSERVED = 2  # dynasty.Config's
 _LARGEST = 4096  # side of a block
+_MOST_STORAGE = 1000  # dynasty.Config's
 # Of each model: optimizer, rate, weight decay, --width and --depth.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cnn": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "width": 16, "depth": 3},
@@ -51,6 +53,7 @@ class Options:
     refresh: int
     warmup: int
     ramp: float
+    storage: float
     epochs: int
     batch: int
     optimizer: str
@@ -110,6 +113,8 @@ def _fault(options: Options) -> str:
         return f"--images must be at least --batch {options.batch}, got {options.images}"
     if options.ramp >= 1:
         return f"--ramp must be below 1, got {options.ramp:g}"
+    if options.storage > _MOST_STORAGE:
+        return f"--storage must be at most {_MOST_STORAGE}, got {options.storage:g}"
     if options.refresh < _OBSERVED:
         return f"--refresh must be at least the {_OBSERVED} steps that are observed before it, got {options.refresh}"
     if options.resume and options.json is None:
@@ -192,6 +197,13 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         default=0.0,
         metavar="R",
         help="the budget of a step grows from 1 - R to 1 + R times its mean: late steps gain most (default 0)",
+    )
+    group.add_argument(
+        "--storage",
+        type=_number(0, True),
+        default=0.0,
+        metavar="CYCLES",
+        help="that are worth a bit less of each stored element, for less energy: 15 suits cnn and resnet (default 0)",
     )
 
 

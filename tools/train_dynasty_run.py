@@ -77,8 +77,8 @@ class _Training:
         torch.manual_seed(task.seed)  # the same weights in all rows
         model = train_dynasty_models.build(options, data).to(self.device)
         block = dynasty.Block(*map(int, options.block.split("x")))
-        how = {"refresh": options.refresh, "warmup": options.warmup, "steps": self.steps, "ramp": options.ramp}
-        self.model: Any = dynasty.convert(model, task.precision.config(block=block, **how))
+        chosen = {name: getattr(options, name) for name in ("refresh", "warmup", "ramp", "storage")}
+        self.model: Any = dynasty.convert(model, task.precision.config(block=block, steps=self.steps, **chosen))
         self.optimizer = _optimizer(options, self.model)
         self.exchange = Exchange(ranks, task.grads, options.mean_bits) if task.grads else None
         self.watch, self.diary = Watch(), Diary(options, task.precision)
