@@ -23,7 +23,7 @@ ADD_32 = 0.1
 MULTIPLY_FLOAT16, ADD_FLOAT32 = 1.1, 0.9
 SRAM_BIT, BUFFER_BIT, DRAM_BIT = 10 / 64, 100 / 64, 1300 / 64
 _SUM_BITS = 4  # that a sum over a block's depth has beyond its products
-_TOTAL_BITS = 44  # of sums over all blocks: 20 of a block's, 12 of two steps, 12 for 4,096 blocks
+_TOTAL_BITS = 20 + 2 * STEP_BITS + 12  # of sums over all blocks: a block's, two steps, and 4,096 blocks
 _WIDTH_BITS = 4
 GEMMS = 3
 

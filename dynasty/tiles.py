@@ -50,13 +50,13 @@ class Block:
 
     def seen_rows(self, rows: int) -> int:
         """How many rows of so many `sample` looks at."""
-        return min(rows, _SAMPLE * self.rows) if self.grid(rows, 1)[0] >= 2 * _SAMPLE else rows
+        return _SAMPLE * self.rows if _many(self.grid(rows, 1)[0]) else rows
 
     @staticmethod
     def sample(strips: Tensor, turn: int) -> Tensor:
         """Some of many strips (R, rows, C * columns), spread evenly: enough for a mean. Others at each turn."""
         count = len(strips)
-        if count < 2 * _SAMPLE:
+        if not _many(count):
             return strips
         numbers = torch.arange(turn * _SAMPLE, (turn + 1) * _SAMPLE, dtype=torch.float64, device=strips.device)
         # Multiples of the golden section never fall into step with what repeats in the rows, as images do.
@@ -83,6 +83,11 @@ class Block:
     def sums(self, strips: Tensor) -> Tensor:
         """The sum of each block, (..., R, C)."""
         return strips.sum(-2).unflatten(-1, (-1, self.columns)).sum(-1)
+
+
+def _many(strips: int) -> bool:
+    """Whether some are enough."""
+    return strips >= 2 * _SAMPLE
 
 
 def _halves(values: Tensor, dim: int) -> Tensor:
