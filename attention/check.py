@@ -56,7 +56,7 @@ def check_work(
     found = []
     for rank in range(schedule.ranks):
         task = Task(partition, window, rank)
-        arrivals: Any = schedule.arrivals(rank, rows)
+        arrivals: Any = schedule.arrivals(rank, rows, partition.align)
         layouts = [tuple((row.source, row.start, row.stop) for row in step) for step in arrivals]
         found.append(check_rank(task, layouts))
     return Work(np.array(found))

@@ -85,7 +85,8 @@ class Rings:
         home = wire.empty(partition, rank, key, dtype)
         arrivals = self._arrivals(job, key, value, reverse=True)
         next(arrivals)
-        with job.comm.reduce_scatter_steps(home, algorithm=self.algorithm, accumulate=True) as requests:
+        steps = {"algorithm": self.algorithm, "align": partition.align}
+        with job.comm.reduce_scatter_steps(home, accumulate=True, **steps) as requests:
             for step, layout, rows in arrivals:
                 parts = compute.parts(step_blocks(task, layout), saved, *wire.sides(rows), dquery, step)
                 self._add(requests, parts, step)
@@ -108,7 +109,8 @@ class Rings:
         """(step, layout, rows) of each step; the first is this rank's own, whose rows nobody needs."""
         with span("pack"):
             rows = job.sent(wire.pack(job.task.partition, job.task.rank, key, value))
-        with job.comm.allgather_steps(rows, algorithm=self.algorithm, reverse=reverse, donate=True) as stream:
+        steps = {"algorithm": self.algorithm, "align": job.task.partition.align}
+        with job.comm.allgather_steps(rows, reverse=reverse, donate=True, **steps) as stream:
             arrivals = iter(stream)
             for step, layout in enumerate(stream.layout):
                 with span("wait", step):

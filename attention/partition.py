@@ -54,6 +54,15 @@ class Partition:
         """Tokens in a row on the wire: a pair of one from the front and one from the back, or a single one."""
         return 2 if self.causal else 1
 
+    @property
+    def align(self) -> int:
+        """Rows whose multiples chunks begin at, where that costs little balance.
+
+        Under a mask a block sees some chunks of a step only, and kernels on CPUs were measured to be up to a tenth
+        faster where the number of keys is a multiple of 16. Without one it sees them all.
+        """
+        return 16 if self.causal else 1
+
     @cached_property
     def _segments(self) -> tuple[tuple[Segment, ...], ...]:
         held: list[list[Segment]] = [[] for _ in range(self.ranks)]

@@ -42,6 +42,7 @@ class Opening(Collective):
             dtype=self.send.dtype,
             algorithm=self.options.label,
             rings=None if self.options.rings is None else int(self.options.rings),
+            align=self.options.align,
             **({self.options.extra: self.options.extra} if self.options.extra else {}),
         )
 
@@ -149,7 +150,8 @@ class OpenGather(Opening):
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
         row_bytes = self.row_elements * self.send.itemsize
-        return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes, self.donate),)
+        align = self.options.align
+        return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes, self.donate, align),)
 
     def schedule(self) -> Schedule:
         assert self.chosen is not None
@@ -178,7 +180,8 @@ class OpenReduce(Opening):
         return ("auto", "rings", "ring") if self.accumulate else super().algorithms()
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
-        rank, rows = self.core.rank, self.rows
+        rank, rows, align = self.core.rank, self.rows, self.options.align
         if self.how is None:
-            return (accumulate_steps_program(schedule, rank, rows, self.row_elements * self.send.itemsize),)
-        return (reduce_steps_program(schedule, rank, rows, self.row_elements, self.how),)
+            row_bytes = self.row_elements * self.send.itemsize
+            return (accumulate_steps_program(schedule, rank, rows, row_bytes, align),)
+        return (reduce_steps_program(schedule, rank, rows, self.row_elements, self.how, align),)

@@ -23,6 +23,7 @@ class Options(NamedTuple):
     op: str = "sum"
     counts: Any = None
     extra: str = ""  # of streams: what else must be the same on all ranks
+    align: int = 1  # of streams: rows whose multiples chunks begin at
 
     def check_types(self, ranks: int) -> None:
         """ArgumentTypeError for what cannot even be compared."""
@@ -34,6 +35,8 @@ class Options(NamedTuple):
             raise ArgumentTypeError(f"rings must be an integer or None, got {self.rings!r}")
         if not isinstance(self.counts, (tuple, NoneType)):
             raise ArgumentTypeError(f"counts must be {ranks} integers >= 0, got {self.counts!r}")
+        if isinstance(self.align, bool) or not isinstance(self.align, int):
+            raise ArgumentTypeError(f"align must be an integer, got {self.align!r}")
 
     def check(self, collective: str, core: Core) -> None:
         """ArgumentError for what cannot be meant."""
@@ -41,6 +44,8 @@ class Options(NamedTuple):
             self._check_schedule(self.algorithm, collective, core)
         elif self.algorithm not in ALGORITHMS:
             raise ArgumentError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
+        if self.align < 1:
+            raise ArgumentError(f"align must be at least 1 row, got {self.align}")
         if self.rings is None:
             return
         if self.algorithm not in ("auto", "rings"):

@@ -8,8 +8,9 @@ from where it lies.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
@@ -33,9 +34,16 @@ class Cuts:
     bounds: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, schedule: Schedule, sizes: Sequence[int], unit: int, align: int) -> Cuts:
-        """sizes: units (elements, rows) of each rank's shard, `unit` bytes each; chunks begin at multiples of align."""
-        known = {size: tuple(at * unit for at in cut(size, schedule.weights, align)) for size in set(sizes)}
+    def of(
+        cls,
+        schedule: Schedule,
+        sizes: Sequence[int],
+        unit: int,
+        align: int,
+        rule: Callable[[int, Sequence[Fraction], int], tuple[int, ...]] = cut,
+    ) -> Cuts:
+        """sizes: units (elements, rows) of each rank's shard, `unit` bytes each; `rule` cuts them with that `align`."""
+        known = {size: tuple(at * unit for at in rule(size, schedule.weights, align)) for size in set(sizes)}
         return cls((0, *accumulate(size * unit for size in sizes)), tuple(known[size] for size in sizes))
 
     def nbytes(self, key: Key) -> int:

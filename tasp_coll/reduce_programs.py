@@ -15,7 +15,7 @@ from tasp_coll.executor import Action, Builder, Exchange, Node, Piece, Place, Pr
 from tasp_coll.layouts import Key
 from tasp_coll.programs import ALIGN, Cuts, Move, Slots, Use, moves, own_keys
 from tasp_coll.reduction import HOST, Memory, Reduction
-from tasp_coll.schedule import Schedule
+from tasp_coll.schedule import Schedule, cut_rows
 from tasp_coll.slabs import handled, layout, slabs
 
 
@@ -61,7 +61,7 @@ def reduce_program(schedule: Schedule, rank: int, counts: Sequence[int], how: Re
 
 
 def reduce_steps_program(
-    schedule: Schedule, rank: int, rows: Sequence[int], row_elements: int, how: Reduction
+    schedule: Schedule, rank: int, rows: Sequence[int], row_elements: int, how: Reduction, align: int = 1
 ) -> Program:
     """ReduceScatter into "recv" whose contributions the caller writes into "stage", step by step, as the layout says.
 
@@ -69,7 +69,7 @@ def reduce_steps_program(
     again, for the next step but one. The last step, one more than the schedule has, is the rank's own shard.
     """
     row_bytes = row_elements * how.itemsize
-    cuts = Cuts.of(schedule, rows, row_bytes, 1)
+    cuts = Cuts.of(schedule, rows, row_bytes, align, cut_rows)
     requests = handled(schedule, rank, cuts)
     filled = {key: step for step, keys in enumerate(requests) for key in keys}
     builder = Builder()

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -150,13 +151,13 @@ class Schedule:
             replace(self, collective="allgather", pattern=second),
         )
 
-    def arrivals(self, rank: int, rows: Sequence[int]) -> Layout:
+    def arrivals(self, rank: int, rows: Sequence[int], align: int = 1) -> Layout:
         """What each step brings to `rank`, its own chunks first: the `layout` of `Communicator.allgather_steps`.
 
-        rows: of each rank's shard (rows of no bytes never travel). Per step `Rows` (source, ring, start, stop), sorted;
-        empty chunks are left out. For a reversed sweep ask the schedule that was planned with reverse=True; that of a
-        reduce_scatter says what `reduce_scatter_steps` asks for, own chunks last: the same rows as in the reversed
-        sweep, each one step earlier, where that comes from rings or slices.
+        rows: of each rank's shard (rows of no bytes never travel). align: as there. Per step `Rows` (source, ring,
+        start, stop), sorted; empty chunks are left out. For a reversed sweep ask the schedule that was planned with
+        reverse=True; that of a reduce_scatter says what `reduce_scatter_steps` asks for, own chunks last: the same rows
+        as in the reversed sweep, each one step earlier, where that comes from rings or slices.
 
         Raises ScheduleError for other collectives, and ArgumentError for bad arguments.
         """
@@ -164,7 +165,9 @@ class Schedule:
             raise ScheduleError(f"only allgather and reduce_scatter go step by step, this is an {self.collective}")
         if not 0 <= rank < self.ranks:
             raise ArgumentError(f"rank must be from 0 to {self.ranks - 1}, got {rank!r}")
-        bounds = [cut(count, self.weights) for count in _check_counts(rows, self.ranks, "rows")]
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+            raise ArgumentError(f"align must be an integer >= 1, got {align!r}")
+        bounds = [cut_rows(count, self.weights, align) for count in _check_counts(rows, self.ranks, "rows")]
         steps = chunks_by_step(self.pattern, rank, self.chunks, self.collective == "allgather")
         return layout_of(steps, bounds, bool(self.rings))
 
@@ -243,6 +246,15 @@ def cut(total: int, weights: Sequence[Fraction], align: int = 1) -> tuple[int, .
             running += weight
             inner.append(int(running * total))
     return (0, *(at // align * align for at in inner), total)
+
+
+def cut_rows(total: int, weights: Sequence[Fraction], align: int) -> tuple[int, ...]:
+    """`cut` at multiples of `align` where that makes no chunk longer by more than a twenty-fourth; else anywhere."""
+    anywhere, aligned = cut(total, weights), cut(total, weights, align)
+    for (start, stop), (first, last) in zip(pairwise(anywhere), pairwise(aligned), strict=True):
+        if 24 * (last - first) > 25 * (stop - start):
+            return anywhere
+    return aligned
 
 
 def plan(

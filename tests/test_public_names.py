@@ -38,8 +38,11 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(self, send, recv=None, *, op='sum', algorithm='auto', rings=None, async_op=False)",
     ),
     (Communicator.all_to_all, "(self, send, recv=None, *, async_op=False)"),
-    (Communicator.allgather_steps, "(self, send, *, algorithm='auto', rings=None, reverse=False, donate=False)"),
-    (Communicator.reduce_scatter_steps, "(self, recv, *, algorithm='auto', rings=None, accumulate=False)"),
+    (
+        Communicator.allgather_steps,
+        "(self, send, *, algorithm='auto', rings=None, reverse=False, donate=False, align=1)",
+    ),
+    (Communicator.reduce_scatter_steps, "(self, recv, *, algorithm='auto', rings=None, accumulate=False, align=1)"),
     (Communicator.close, "(self)"),
     (tasp_coll.decomposed_allgather, "(send, recv=None, *, comm=None, **options)"),
     (tasp_coll.decomposed_allgatherv, "(send, recv=None, *, comm=None, **options)"),
@@ -60,7 +63,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(topology, collective='allgather', algorithm='rings', rings=None, counts=None, *, slices=None, reverse=False)",
     ),
     (Schedule.from_steps, "(topology, collective, steps, *, weights=None, capacity_share=None)"),
-    (Schedule.arrivals, "(self, rank, rows)"),
+    (Schedule.arrivals, "(self, rank, rows, align=1)"),
     (Schedule.verify, "(self, method='auto')"),
 ]
 

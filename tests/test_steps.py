@@ -36,6 +36,9 @@ def options_of(draw: st.DrawFn, n: int, direct: bool = True) -> dict[str, Any]:
     return draw(st.sampled_from([*rings, {"algorithm": "direct"}] if direct else rings))
 
 
+aligns = st.sampled_from([1, 4, 16])
+
+
 def rows_of(n: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.sampled_from([0, 1, 5, 20, 401]), min_size=n, max_size=n)
 
@@ -66,13 +69,14 @@ def check_together(arrival: Any) -> None:
 def test_gathering(data: st.DataObject, n: int, reverse: bool, seed: int) -> None:
     """Whoever donates: every row comes once and as it was, step after step from one array."""
     options, rows = data.draw(options_of(n)), data.draw(rows_of(n))
-    donors = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    donors, align = data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), data.draw(aligns)
 
     def body(comm: Communicator) -> None:
         schedule = plan(comm.topology, "allgather", reverse=reverse, **options)
         send = shard(comm.rank, rows[comm.rank])
-        with comm.allgather_steps(send, reverse=reverse, donate=donors[comm.rank], **options) as stream:
-            assert stream.layout == schedule.arrivals(comm.rank, rows)
+        asked = {"donate": donors[comm.rank], "align": align, **options}
+        with comm.allgather_steps(send, reverse=reverse, **asked) as stream:
+            assert stream.layout == schedule.arrivals(comm.rank, rows, align)
             assert stream.schedule.fingerprint == schedule.fingerprint
             for arrival in stream:
                 check_together(arrival)
@@ -118,14 +122,14 @@ def test_accumulating_beside_a_reversed_gather(data: st.DataObject, n: int, seed
     """Attention's backward: KV comes round, and the sums of its gradients follow one step behind and go home."""
     options, rows = data.draw(options_of(n, direct=False)), data.draw(rows_of(n))
     dtype = data.draw(st.sampled_from(["i4", "u8", "f4", "f8", "c16"]))
-    weights = [rank + 1 for rank in range(n)]
+    weights, align = [rank + 1 for rank in range(n)], data.draw(aligns)
 
     def body(comm: Communicator) -> None:
         kv, grad = shard(comm.rank, rows[comm.rank]), np.full((rows[comm.rank], 3), 77, dtype)
         schedule = plan(comm.topology, "reduce_scatter", **options)
-        stream = comm.allgather_steps(kv.copy(), reverse=True, donate=True, **options)
-        homing = comm.reduce_scatter_steps(grad, accumulate=True, **options)
-        assert homing.layout == schedule.arrivals(comm.rank, rows)
+        stream = comm.allgather_steps(kv.copy(), reverse=True, donate=True, align=align, **options)
+        homing = comm.reduce_scatter_steps(grad, accumulate=True, align=align, **options)
+        assert homing.layout == schedule.arrivals(comm.rank, rows, align)
         assert homing.schedule.fingerprint == schedule.fingerprint
         assert homing.layout == (*stream.layout[1:], stream.layout[0])
         next(stream)
@@ -209,12 +213,12 @@ def test_accumulated_sums_repeat_bit_for_bit() -> None:
 @given(data=st.data(), n=sizes)
 @few
 def test_filling_from_one_array(data: st.DataObject, n: int) -> None:
-    options, rows = data.draw(options_of(n)), data.draw(rows_of(n))
+    options, rows, align = data.draw(options_of(n)), data.draw(rows_of(n)), data.draw(aligns)
 
     def body(comm: Communicator) -> None:
         recv = np.full((rows[comm.rank], 3), -1)
-        stream = comm.reduce_scatter_steps(recv, **options)
-        assert stream.layout == plan(comm.topology, "reduce_scatter", **options).arrivals(comm.rank, rows)
+        stream = comm.reduce_scatter_steps(recv, align=align, **options)
+        assert stream.layout == plan(comm.topology, "reduce_scatter", **options).arrivals(comm.rank, rows, align)
         for request in stream:
             check_together(request)
             assert (request.began, request.ended) == (None, None)
@@ -466,6 +470,8 @@ def test_plans_of_donors_are_found_again() -> None:
         (lambda c: c.reduce_scatter_steps(np.zeros(16)[::2], accumulate=True), "recv must be contiguous"),
         (lambda c: c.allgather_steps(np.zeros(16)[::2], donate=True), "send must be contiguous to be donated"),
         (lambda c: c.allgather_steps(np.broadcast_to(0.0, 8), donate=True), "send must be writable to be donated"),
+        (lambda c: c.allgather_steps(np.zeros(8), align=0), "align must be at least 1 row, got 0"),
+        (lambda c: c.reduce_scatter_steps(np.zeros(8), align=2.0), "align must be an integer, got 2.0"),
     ],
 )
 def test_errors_on_one_rank_or_all(call: Any, says: str) -> None:
@@ -479,8 +485,10 @@ def test_errors_on_one_rank_or_all(call: Any, says: str) -> None:
     on_ranks(3, body)
 
 
-def test_accumulate_is_agreed_and_donate_is_not() -> None:
+def test_what_is_agreed_and_what_is_not() -> None:
     def body(comm: Communicator) -> None:
+        with pytest.raises(MismatchError, match="rank 1 passed align 16"):
+            comm.allgather_steps(np.zeros(8), align=16 if comm.rank == 1 else 1)
         with pytest.raises(MismatchError, match="accumulate"):
             comm.reduce_scatter_steps(np.zeros(8), accumulate=comm.rank == 1)
         for _arrival in comm.allgather_steps(np.zeros(8), donate=comm.rank == 1):
@@ -500,6 +508,11 @@ def test_arrivals_of_a_schedule() -> None:
         assert schedule.arrivals(0, rows) == tuple(((s, 0, 0, rows[s]),) if rows[s] else () for s in expected)
     with pytest.raises(ArgumentError, match="rows must be 3 integers"):
         forward.arrivals(0, [1, 2])
+    bounds = ((0, 448), (448, 896), (896, 1344), (1344, 1800))
+    own = plan("full_mesh:5").arrivals(1, [1800] * 5, 16)[0]
+    assert own == tuple((1, ring, start, stop) for ring, (start, stop) in enumerate(bounds))
+    with pytest.raises(ArgumentError, match="align must be an integer >= 1, got 0"):
+        forward.arrivals(0, rows, 0)
     with pytest.raises(ArgumentError, match="rank must be from 0 to 2, got 3"):
         forward.arrivals(3, rows)
     with pytest.raises(ScheduleError, match="go step by step"):
