@@ -133,7 +133,7 @@ class Quantizing(nn.Module):
             self.x_signed.fill_(signed)
             strips = self._some(self.x_block, rows)
             self._note("x_peak", self.x_block.peaks(strips).square())
-            self._note("x_square", self.x_block.mean_squares(strips))
+            self._note("x_square", self.x_block.means(strips.square(), *rows.shape))
         return self.back(fake(rows, self.x_bits, self.x_block, signed=signed), x.shape)
 
     def quantized_weight(self) -> Tensor:
@@ -146,14 +146,15 @@ class Quantizing(nn.Module):
             return g.float()
         rows = self.rows_of(g)
         if self.observing and rows.numel():
-            self._note_gradient(self._some(self.g_block, rows))
+            self._note_gradient(self._some(self.g_block, rows), rows.shape)
         return self.back(fake(rows, self.g_bits, self.g_block, rounding="stochastic"), g.shape)
 
     def observe(self, x_gradient: Tensor, w_gradient: Tensor) -> None:
         """The slopes; called last in an observed step."""
-        self._note("x_slope", self.x_block.mean_squares(self._some(self.x_block, self.rows_of(x_gradient))))
-        block = self.config.block
-        self._note("w_slope", block.mean_squares(block.strips(self.to_matrix(w_gradient))))
+        slopes = self.rows_of(x_gradient)
+        self._note("x_slope", self.x_block.means(self._some(self.x_block, slopes).square(), *slopes.shape))
+        block, matrix = self.config.block, self.to_matrix(w_gradient)
+        self._note("w_slope", block.means(block.strips(matrix).square(), *matrix.shape[1:]))
         self.seen += 1
 
     def get_extra_state(self) -> Tensor:
@@ -181,11 +182,11 @@ class Quantizing(nn.Module):
         """Strips of a matrix, enough of them for statistics."""
         return block.sample(block.strips(rows.float()), int(self.seen))
 
-    def _note_gradient(self, strips: Tensor) -> None:
+    def _note_gradient(self, strips: Tensor, shape: torch.Size) -> None:
         block, peaks = self.g_block, self.g_block.peaks(strips)
-        self._note("g_peak", peaks.square() * block.sums((strips != 0).float()) / block.size)
-        self._note("g_mean", peaks * block.sums(strips.abs()) / block.size)
-        self._note("g_square", block.mean_squares(strips))
+        self._note("g_peak", peaks.square() * block.means((strips != 0).float(), *shape))
+        self._note("g_mean", peaks * block.means(strips.abs(), *shape))
+        self._note("g_square", block.means(strips.square(), *shape))
 
     def _note(self, name: str, found: Tensor) -> None:
         held = getattr(self, name)

@@ -21,7 +21,7 @@ def fake(
     clip: cut off what lies outside the best 2 and 3 bits of a normal distribution (see `integers.NORMAL_STEPS`).
     """
     strips = block.strips(matrix.float())
-    squares = block.mean_squares(strips) if clip else None
+    squares = block.means(strips.square(), *matrix.shape[-2:]) if clip else None
     steps = steps_for(block.peaks(strips), bits, signed, squares, shared=True)
     beside = block.along(steps)
     counts = rounded(strips, beside, rounding)

@@ -76,9 +76,24 @@ class Block:
         """The largest magnitude in each block, (..., R, C). NaN and infinity stay what they are."""
         return _halves(_halves(strips.abs(), -2).squeeze(-2).unflatten(-1, (-1, self.columns)), -1).squeeze(-1)
 
-    def mean_squares(self, strips: Tensor) -> Tensor:
-        """Of each block, (..., R, C)."""
-        return self.sums(strips.square()) / self.size
+    def means(self, strips: Tensor, rows: int, columns: int) -> Tensor:
+        """Of each block's elements, (..., R, C), the zeros that were added left out. strips: of a matrix of that size.
+
+        Of strips that are a `sample` the last is taken for a full one: there are many.
+        """
+        sums, columns_short = self.sums(strips), -columns % self.columns
+        rows_short = -rows % self.rows if strips.shape[-3] == self.grid(rows, columns)[0] else 0
+        if not (rows_short or columns_short):
+            return sums / self.size
+        down = torch.full((sums.shape[-2], 1), self.rows)
+        down[-1:] -= rows_short
+        return sums / (down * self.column_counts(columns)).to(sums.device)
+
+    def column_counts(self, columns: int) -> Tensor:
+        """(C,): how many columns each block of so many has."""
+        held = torch.full((self.grid(1, columns)[1],), self.columns)
+        held[-1:] -= -columns % self.columns
+        return held
 
     def sums(self, strips: Tensor) -> Tensor:
         """The sum of each block, (..., R, C)."""

@@ -24,6 +24,13 @@ settings.register_profile("shared-machine", deadline=None, derandomize="CI" in o
 settings.load_profile("shared-machine")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start ranks, or tools, keep to one of pytest-xdist's workers: jobs side by side would starve."""
+    for item in items:
+        if isinstance(item, pytest.Function) and ("mpirun" in item.fixturenames or hasattr(item.module, "launch")):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture
 def mpirun() -> Callable[..., CompletedProcess[str]]:
     """`launch.mpirun`; the test is skipped where no MPI is installed."""

@@ -55,6 +55,18 @@ def test_what_is_packed_comes_back(
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 3), max_size=1), st.integers(1, 40), st.integers(1, 40), BLOCKS)
+def test_means_are_of_what_blocks_hold(lead: list[int], rows: int, columns: int, block: Block) -> None:
+    matrix = torch.rand(*lead, rows, columns)
+    means = block.means(block.strips(matrix), rows, columns)
+    assert means.shape == (*lead, *block.grid(rows, columns))
+    for down in range(means.shape[-2]):
+        for across in range(means.shape[-1]):
+            held = matrix[..., down * block.rows :, across * block.columns :][..., : block.rows, : block.columns]
+            assert torch.allclose(means[..., down, across], held.mean((-2, -1)))
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 40), BLOCKS, st.booleans(), st.booleans())
 def test_nearest_is_off_by_half_a_step_at_most(
     seed: int, rows: int, columns: int, block: Block, signed: bool, shared: bool

@@ -215,12 +215,13 @@ def test_statistics_of_some_strips_are_those_of_all(period: int) -> None:
     """Rows repeat as images do, and no sample falls into step with them; turns look at other strips."""
     block = Block()
     rows = torch.randn(period * 16, 32) * torch.linspace(0.1, 3, period * 16)[:, None]
-    strips = block.strips(rows.repeat(-(-1024 // period), 1))
+    matrix = rows.repeat(-(-1024 // period), 1)
+    strips = block.strips(matrix)
     samples = [block.sample(strips, turn) for turn in range(8)]
     assert {tuple(each.shape) for each in samples} == {(64, 16, 32)}
     assert block.seen_rows(strips.shape[0] * 16) == 1024
-    wanted = block.mean_squares(strips).mean()
-    found = torch.stack([block.mean_squares(each).mean() for each in samples])
+    wanted = block.means(strips.square(), *matrix.shape).mean()
+    found = torch.stack([block.means(each.square(), *matrix.shape).mean() for each in samples])
     assert float((found / wanted - 1).abs().max()) < 0.25
     assert float(found.mean() / wanted - 1) == pytest.approx(0, abs=0.05)
     few = block.strips(rows[:16])

@@ -12,7 +12,7 @@ import dynasty
 from dynasty import Config
 from dynasty.layout import Layout
 from dynasty.operands import fake
-from dynasty.sensitivity import gradient_curves
+from dynasty.sensitivity import activation_curves, gradient_curves, weight_curves
 from dynasty.tiles import Block
 
 
@@ -62,3 +62,26 @@ def test_an_error_reaches_the_layers_before() -> None:
         ]
         measured, expected = sum(errors) / len(errors), float(curve.sum())
         assert measured / 2.5 <= expected <= measured * 2.5
+
+
+def test_blocks_at_the_edges_are_judged_by_what_they_hold() -> None:
+    """20 inputs and 10 outputs in blocks of 16: the zeros around them neither lower means nor count as elements."""
+    torch.manual_seed(0)
+    layer: Any = dynasty.convert(nn.Sequential(nn.Linear(20, 10)), Config())[0]
+    layer.observing = True
+    x = torch.randn(24, 20, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    widths, parts = torch.tensor([4.0]), (slice(0, 16), slice(16, 20))
+    for block, part in enumerate(parts):
+        slopes, weights = layer.weight.grad[:, part].square(), layer.weight.detach()[:, part]
+        assert float(layer.w_slope[0, 0, block]) == pytest.approx(float(slopes.mean()), rel=0.05)
+        errors = (fake(weights, torch.full((1, 1), 4), Block(), clip=True) - weights).square().sum()
+        expected = float(slopes.mean() * errors)
+        assert float(weight_curves(layer, widths)[block]) == pytest.approx(expected, rel=0.05)
+        # The strip of 16 rows and that of 8 count alike.
+        squares = [float(x.grad[rows, part].square().mean()) for rows in (slice(0, 16), slice(16, 24))]
+        assert float(layer.x_slope[block]) == pytest.approx(sum(squares) / 2, rel=0.05)
+        error = float(layer.x_peak[block]) / 7**2 / 12
+        expected = 24 * (part.stop - part.start) * float(layer.x_slope[block]) * error
+        assert float(activation_curves(layer, widths)[block]) == pytest.approx(expected, rel=1e-5)
