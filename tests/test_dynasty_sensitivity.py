@@ -73,11 +73,12 @@ def test_blocks_at_the_edges_are_judged_by_what_they_hold() -> None:
     layer(x).square().sum().backward()
     assert x.grad is not None
     widths, parts = torch.tensor([4.0]), (slice(0, 16), slice(16, 20))
+    weights = layer.weight.detach()
+    errors = (fake(weights, torch.full((1, 2), 4), Block(), clip=True) - weights).square()
     for block, part in enumerate(parts):
-        slopes, weights = layer.weight.grad[:, part].square(), layer.weight.detach()[:, part]
+        slopes = layer.weight.grad[:, part].square()
         assert float(layer.w_slope[0, 0, block]) == pytest.approx(float(slopes.mean()), rel=0.05)
-        errors = (fake(weights, torch.full((1, 1), 4), Block(), clip=True) - weights).square().sum()
-        expected = float(slopes.mean() * errors)
+        expected = float(slopes.mean() * errors[:, part].sum())
         assert float(weight_curves(layer, widths)[block]) == pytest.approx(expected, rel=0.05)
         # The strip of 16 rows and that of 8 count alike.
         squares = [float(x.grad[rows, part].square().mean()) for rows in (slice(0, 16), slice(16, 24))]
