@@ -53,11 +53,12 @@ def report(moment: Moment) -> None:
     """For people."""
     print(
         f"{moment.model} after {moment.step} steps, loss {moment.loss:.3f}, analytics {moment.analytics_share:.2%}\n"
-        f"  {'':28} {'blocks':>6} {'estimate':>8} {'error only':>10} {'truth':>6}"
+        f"  {'':28} {'blocks':>6} {'estimate':>8} {'error only':>10} {'first order':>11} {'truth':>6}"
     )
     for each in moment.figures:
         print(
-            f"  {each.title:28} {each.blocks:6} {each.estimate:8.3f} {each.error_only:10.3f} {each.reliability:6.3f}",
+            f"  {each.title:28} {each.blocks:6} {each.estimate:8.3f} {each.error_only:10.3f} {each.first_order:11.3f} "
+            f"{each.reliability:6.3f}",
             flush=True,
         )
 

@@ -17,7 +17,8 @@ _SPLITS = 50
 @dataclass(frozen=True)
 class Measured:
     """One block. operand: "activations" or "weights"; number: its place among the layer's; changes: mean squared
-    changes of the loss, (batches,); estimate: of their mean; error: what rounding's error alone says.
+    changes of the loss, (batches,); estimate: of their mean; error: what rounding's error alone says; first_order: what
+    the slopes on those batches say.
     """
 
     layer: str
@@ -26,6 +27,7 @@ class Measured:
     changes: Floats
     estimate: float
     error: float
+    first_order: float
 
     @property
     def truth(self) -> float:
@@ -41,6 +43,7 @@ class Figures:
     blocks: int
     estimate: float
     error_only: float
+    first_order: float
     reliability: float
 
 
@@ -74,9 +77,11 @@ def figures(title: str, blocks: Sequence[Measured]) -> Figures:
     """Of these blocks."""
     changes = np.stack([block.changes for block in blocks])
     truth = changes.mean(1)
-    estimate = spearman(np.array([block.estimate for block in blocks]), truth)
-    error_only = spearman(np.array([block.error for block in blocks]), truth)
-    return Figures(title, len(blocks), estimate, error_only, reliability(changes))
+    estimate, error_only, first_order = (
+        spearman(np.array([getattr(block, said) for block in blocks]), truth)
+        for said in ("estimate", "error", "first_order")
+    )
+    return Figures(title, len(blocks), estimate, error_only, first_order, reliability(changes))
 
 
 def faults(moment: Moment, late: bool) -> list[str]:

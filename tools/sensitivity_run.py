@@ -17,7 +17,7 @@ from dynasty.layout import Layout
 from dynasty.sensitivity import activation_curves, weight_curves
 from sensitivity_figures import Measured, Moment
 from sensitivity_options import Options
-from sensitivity_truth import Batch, Spot, changes, in_float32
+from sensitivity_truth import Batch, Spot, changes, first_order, in_float32
 from train_dynasty_data import DataSet
 from train_dynasty_models import Convnet, ResNet, logits
 
@@ -83,13 +83,15 @@ def _moment(options: Options, name: str, model: Any, step: int, loss: float, bat
         layer.w_slope.fill_(1)
     errors = _estimates(plain, options.bits)
     found = changes(plain, spots, batches, options.bits, options.dithers, options.seed)
+    known = first_order(plain, spots, batches, options.bits, options.seed).mean(1).tolist()
     measured = (
         Measured(
             *(spot.layer, spot.operand, spot.number, row),
             float(estimates[spot.layer, spot.operand][spot.number]),
             float(errors[spot.layer, spot.operand][spot.number]),
+            exact,
         )
-        for spot, row in zip(spots, found, strict=True)
+        for spot, row, exact in zip(spots, found, known, strict=True)
     )
     return Moment(name, step, loss, model.dynasty.report().analytics_share, tuple(measured))
 

@@ -17,7 +17,7 @@ from dynasty.layers import Quantizing
 from dynasty.layout import Layout
 from dynasty.tiles import Block
 from sensitivity_figures import Floats
-from train_dynasty_models import ResNet
+from train_dynasty_models import ResNet, logits
 
 Batch = tuple[Tensor, Tensor]
 
@@ -73,6 +73,48 @@ def changes(
     return found
 
 
+def first_order(model: nn.Module, spots: Sequence[Spot], batches: Sequence[Batch], bits: int, seed: int) -> Floats:
+    """What who knew the slopes on these very batches would expect `changes` to be: (spots, batches).
+
+    That is the sum over the block of (slope * error)^2, as errors of a dither are independent. model: in float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = dict(model.named_modules())
+    found = np.zeros((len(spots), len(batches)))
+    for number, (inputs, targets) in enumerate(batches):
+        model.zero_grad()
+        with _inputs(model, {spot.layer for spot in spots}) as entered:
+            cross_entropy(logits(model, inputs), targets).backward()
+        for row, spot in enumerate(spots):
+            layer = layers[spot.layer]
+            held = entered[spot.layer] if spot.operand == "activations" else layer.weight
+            assert held.grad is not None
+            with torch.no_grad():
+                error = _with_dither(layer, held, spot, bits, generator) - held
+                found[row, number] = float((held.grad * error).double().square().sum())
+    return found
+
+
+@contextmanager
+def _inputs(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
+    """What enters layers, with its gradient afterwards."""
+    entered: dict[str, Tensor] = {}
+
+    def enter(name: str, given: tuple[Tensor]) -> Tensor:
+        x = given[0]
+        x.retain_grad() if x.requires_grad else x.requires_grad_()
+        entered[name] = x
+        return x
+
+    layers = dict(model.named_modules())
+    hooks = [layers[each].register_forward_pre_hook(lambda _, given, each=each: enter(each, given)) for each in names]
+    try:
+        yield entered
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def dither(matrix: Tensor, bits: int, block: Block, signed: bool, generator: torch.Generator) -> Tensor:
     """(M, K) at so many bits, its error uniform over a step and independent of it (subtractive: Schuchman 1964)."""
     strips = block.strips(matrix)
@@ -89,17 +131,23 @@ def _dithered(layer: Quantizing, spot: Spot, bits: int, generator: torch.Generat
     if spot.operand == "activations":
 
         def enter(_: nn.Module, given: tuple[Tensor]) -> Tensor:
-            return _activations(layer, given[0], spot.number, bits, generator)
+            return _with_dither(layer, given[0], spot, bits, generator)
 
         with layer.register_forward_pre_hook(enter):
             yield
         return
     kept = layer.weight.data
-    layer.weight.data = _weights(layer, spot.number, bits, generator)
+    layer.weight.data = _with_dither(layer, kept, spot, bits, generator)
     try:
         yield
     finally:
         layer.weight.data = kept
+
+
+def _with_dither(layer: Quantizing, held: Tensor, spot: Spot, bits: int, generator: torch.Generator) -> Tensor:
+    """A layer's input, or its weights, with that block at so many bits."""
+    quantized = _activations if spot.operand == "activations" else _weights
+    return quantized(layer, held, spot.number, bits, generator)
 
 
 def _activations(layer: Quantizing, x: Tensor, number: int, bits: int, generator: torch.Generator) -> Tensor:
@@ -109,8 +157,8 @@ def _activations(layer: Quantizing, x: Tensor, number: int, bits: int, generator
     return layer.back(rows, x.shape)
 
 
-def _weights(layer: Quantizing, number: int, bits: int, generator: torch.Generator) -> Tensor:
-    matrix, block = layer.to_matrix(layer.weight.data).clone(), layer.config.block
+def _weights(layer: Quantizing, weight: Tensor, number: int, bits: int, generator: torch.Generator) -> Tensor:
+    matrix, block = layer.to_matrix(weight).clone(), layer.config.block
     place, down, across = np.unravel_index(number, layer.w_bits.shape)
     rows = slice(down * block.rows, (down + 1) * block.rows)
     columns = slice(across * block.columns, (across + 1) * block.columns)
