@@ -24,6 +24,7 @@ settings.register_profile("shared-machine", deadline=None, derandomize="CI" in o
 settings.load_profile("shared-machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start ranks, or tools, keep to one of pytest-xdist's workers: jobs side by side would starve."""
     for item in items:
