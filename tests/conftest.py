@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -26,25 +22,6 @@ collect_ignore = [] if "TASP_COLL_MPI_RANKS" in os.environ else ["gpu", "mpi", "
 # In CI the examples are the same every time, so that a failure is the change's; elsewhere they are new every time.
 settings.register_profile("shared-machine", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("shared-machine")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest-xdist (`-n`): files whose tests start ranks, or tools, keep to one worker, as such jobs would starve
-    side by side; the others go to whichever is free, file by file."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return "processes" if _starts_processes(config.rootpath / file) else file
-
-    return Scheduling(config, log)
-
-
-@cache
-def _starts_processes(file: Path) -> bool:
-    return re.search(r"\b(mpirun|launch|break_links)\b", file.read_text(encoding="utf-8")) is not None
 
 
 @pytest.fixture
