@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import dynasty
 import sensitivity_check
 from sensitivity_figures import Measured, Moment, faults, figures, reliability, spearman
+from sensitivity_truth import Spot, first_order, in_float32
 from test_tools_train_dynasty_sets import write_idx
 
 SMALL = ("--images", "128", "--batch", "16", "--epochs", "1", "--early", "4", "--blocks", "8", "--batches", "3")
@@ -77,3 +81,15 @@ def test_what_does_not_hold_is_told() -> None:
     assert told[2] == "cnn, step 7: analytics must be <= 3%, got 5.00%"
     good = [Measured("a", "weights", i, changes[i], float(i), -float(i), float(i)) for i in range(10)]
     assert not faults(Moment("cnn", 7, 0.5, 0.01, tuple(good)), late=True)
+
+
+def test_first_order_leaves_batches_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = in_float32(
+        dynasty.convert(nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10)), dynasty.Config())
+    )
+    batches = [(torch.randn(8, 20), torch.arange(8))]
+    spots = [Spot("0", "activations", 1), Spot("0", "weights", 0), Spot("2", "activations", 0)]
+    found = [first_order(model, spots, batches, 4, 1) for _ in range(2)]
+    assert (found[0] == found[1]).all()
+    assert not batches[0][0].requires_grad

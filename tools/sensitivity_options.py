@@ -106,7 +106,7 @@ columns: rank correlations (Spearman; ties have their mean rank)
   blocks      that were measured
   estimate    with what is estimated
   error only  with the error of rounding alone: the estimate with all slopes set to 1
-  first order with what the slopes on the very batches of the truth say: who knew them would do no better
+  first order with what the slopes on the very batches of the truth say, in place of those that training saw
   truth       the truth's own reliability
 rows: all blocks of all layers; activations; weights; each layer's, of both operands together and of each by itself,
   where there are {FEWEST} or more

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def first_order(model: nn.Module, spots: Sequence[Spot], batches: Sequence[Batch
     found = np.zeros((len(spots), len(batches)))
     for number, (inputs, targets) in enumerate(batches):
         model.zero_grad()
-        with _inputs(model, {spot.layer for spot in spots}) as entered:
+        with _inputs({spot.layer: layers[spot.layer] for spot in spots}) as entered:
             cross_entropy(logits(model, inputs), targets).backward()
         for row, spot in enumerate(spots):
             layer = layers[spot.layer]
@@ -96,18 +97,18 @@ def first_order(model: nn.Module, spots: Sequence[Spot], batches: Sequence[Batch
 
 
 @contextmanager
-def _inputs(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
+def _inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """What enters layers, with its gradient afterwards."""
     entered: dict[str, Tensor] = {}
 
-    def enter(name: str, given: tuple[Tensor]) -> Tensor:
-        x = given[0]
-        x.retain_grad() if x.requires_grad else x.requires_grad_()
+    def enter(name: str, _: nn.Module, given: tuple[Tensor]) -> Tensor:
+        # A batch is the caller's, and would add up the gradients of all calls.
+        x = given[0] if given[0].requires_grad else given[0].detach().requires_grad_()
+        x.retain_grad()
         entered[name] = x
         return x
 
-    layers = dict(model.named_modules())
-    hooks = [layers[each].register_forward_pre_hook(lambda _, given, each=each: enter(each, given)) for each in names]
+    hooks = [layer.register_forward_pre_hook(partial(enter, name)) for name, layer in layers.items()]
     try:
         yield entered
     finally:
