@@ -85,8 +85,9 @@ class Rings:
         home = wire.empty(partition, rank, key, dtype)
         arrivals = self._arrivals(job, key, value, reverse=True)
         next(arrivals)
-        steps = {"algorithm": self.algorithm, "align": partition.align}
-        with job.comm.reduce_scatter_steps(home, accumulate=True, **steps) as requests:
+        with job.comm.reduce_scatter_steps(
+            home, algorithm=self.algorithm, accumulate=True, align=partition.align
+        ) as requests:
             for step, layout, rows in arrivals:
                 parts = compute.parts(step_blocks(task, layout), saved, *wire.sides(rows), dquery, step)
                 self._add(requests, parts, step)
@@ -109,8 +110,9 @@ class Rings:
         """(step, layout, rows) of each step; the first is this rank's own, whose rows nobody needs."""
         with span("pack"):
             rows = job.sent(wire.pack(job.task.partition, job.task.rank, key, value))
-        steps = {"algorithm": self.algorithm, "align": job.task.partition.align}
-        with job.comm.allgather_steps(rows, reverse=reverse, donate=True, **steps) as stream:
+        with job.comm.allgather_steps(
+            rows, algorithm=self.algorithm, reverse=reverse, donate=True, align=job.task.partition.align
+        ) as stream:
             arrivals = iter(stream)
             for step, layout in enumerate(stream.layout):
                 with span("wait", step):

@@ -26,7 +26,7 @@ _TINY = 1e-30
 
 def activation_curves(layer: Quantizing, widths: Tensor) -> Tensor:
     """Expected squared change of the loss: (C, widths)."""
-    elements = layer.input_rows * layer.x_block.column_counts(layer.inputs).to(widths.device)
+    elements = layer.input_rows * layer.x_block.column_counts(layer.inputs, widths.device)
     signed = bool(layer.x_signed)
     return (elements * layer.x_slope)[:, None] * _nearest(layer.x_peak, layer.x_square, widths, signed)
 

@@ -81,23 +81,26 @@ class Block:
 
         Of strips that are a `sample` the last is taken for a full one: there are many.
         """
-        sums, columns_short = self.sums(strips), -columns % self.columns
-        rows_short = -rows % self.rows if strips.shape[-3] == self.grid(rows, columns)[0] else 0
-        if not (rows_short or columns_short):
-            return sums / self.size
-        down = torch.full((sums.shape[-2], 1), self.rows)
-        down[-1:] -= rows_short
-        return sums / (down * self.column_counts(columns)).to(sums.device)
+        sums, down = self.sums(strips), strips.shape[-3]
+        if down < self.grid(rows, columns)[0]:
+            rows = down * self.rows
+        if rows % self.rows or columns % self.columns:
+            device = sums.device
+            return sums / torch.outer(_held(rows, self.rows, device), self.column_counts(columns, device))
+        return sums / self.size
 
-    def column_counts(self, columns: int) -> Tensor:
+    def column_counts(self, columns: int, device: torch.device) -> Tensor:
         """(C,): how many columns each block of so many has."""
-        held = torch.full((self.grid(1, columns)[1],), self.columns)
-        held[-1:] -= -columns % self.columns
-        return held
+        return _held(columns, self.columns, device)
 
     def sums(self, strips: Tensor) -> Tensor:
         """The sum of each block, (..., R, C)."""
         return strips.sum(-2).unflatten(-1, (-1, self.columns)).sum(-1)
+
+
+def _held(total: int, side: int, device: torch.device) -> Tensor:
+    """How much of `total` each part of length `side` has: the last one what is left."""
+    return (total - torch.arange(0, total, side, device=device)).clamp_max(side)
 
 
 def _many(strips: int) -> bool:
