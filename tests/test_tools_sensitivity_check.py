@@ -13,7 +13,7 @@ from torch import nn
 
 import dynasty
 import sensitivity_check
-from sensitivity_figures import Measured, Moment, faults, figures, reliability, spearman
+from sensitivity_figures import Measured, Moment, Seen, faults, figures, reliability, spearman
 from sensitivity_truth import Spot, first_order, in_float32
 from test_tools_train_dynasty_sets import write_idx
 
@@ -42,9 +42,11 @@ def test_it_measures(model: str, data: Path, tmp_path: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert status == int("must be" in told)
     found: list[dict[str, Any]] = json.loads(path.read_text())["results"]
-    assert [moment["step"] for moment in found] == [4, 8]
+    assert [each["step"] for each in found] == [4, 8]
     assert picture.stat().st_size
-    for moment in found:
+    for each in found:
+        (moment,) = each["seeds"]
+        assert moment["figures"] == each["figures"]
         whole = moment["figures"][0]
         assert whole["title"] == "all"
         assert whole["blocks"] == len(moment["blocks"])
@@ -53,6 +55,23 @@ def test_it_measures(model: str, data: Path, tmp_path: Path, capsys: pytest.Capt
         assert whole["estimate"] > 0.3
         ratios = [block["first_order"] / block["truth"] for block in moment["blocks"] if block["truth"] > 0]
         assert 0.5 < float(np.median(ratios)) < 2
+
+
+def test_several_seeds_at_a_time(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each as by itself; figures are the means."""
+    found: list[list[dict[str, Any]]] = []
+    for given in (("--seeds", "4,5", "--jobs", "2"), ("--seed", "5")):
+        path = tmp_path / f"{len(found)}.json"
+        sensitivity_check.main(("--model", "cnn", "--data", str(data), "--json", str(path), *given, *SMALL))
+        found.append(json.loads(path.read_text())["results"])
+    assert "cnn after 8 steps, 2 seeds, loss" in capsys.readouterr().out
+    for both, one in zip(*found, strict=True):
+        assert [moment["seed"] for moment in both["seeds"]] == [4, 5]
+        assert both["seeds"][1] == one["seeds"][0]
+        whole, first, second = (of["figures"][0] for of in (both, *both["seeds"]))
+        assert whole["estimate"] == pytest.approx((first["estimate"] + second["estimate"]) / 2)
+        assert whole["half"] == pytest.approx(12.706 * abs(first["estimate"] - second["estimate"]) / 2, rel=1e-3)
+        assert whole["blocks"] == first["blocks"] + second["blocks"]
 
 
 def test_too_few_images(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,11 +95,17 @@ def test_what_does_not_hold_is_told() -> None:
     changes = np.arange(1.0, 11)[:, None] * np.ones(4)
     blocks = [Measured("a", "weights", i, changes[i], -float(i), float(i), float(i)) for i in range(10)]
     assert figures("all", blocks).first_order == pytest.approx(1)
-    told = faults(Moment("cnn", 7, 0.5, 0.05, tuple(blocks)), late=True)
+    bad = Moment("cnn", 0, 7, 0.5, 0.05, tuple(blocks))
+    told = faults(Seen((bad,)), late=True)
     assert [line.split(":")[1].split("'")[0].strip() for line in told[:2]] == ["all blocks", "layer a"]
     assert told[2] == "cnn, step 7: analytics must be <= 3%, got 5.00%"
-    good = [Measured("a", "weights", i, changes[i], float(i), -float(i), float(i)) for i in range(10)]
-    assert not faults(Moment("cnn", 7, 0.5, 0.01, tuple(good)), late=True)
+    blocks = [Measured("a", "weights", i, changes[i], float(i), -float(i), float(i)) for i in range(10)]
+    good = Moment("cnn", 0, 7, 0.5, 0.01, tuple(blocks))
+    assert not faults(Seen((good,)), late=True)
+    assert [line.split(": ")[1].split(" must")[0] for line in faults(Seen((good, bad)), late=False)] == [
+        "all blocks' 0.000",
+        "layer a's 0.000",
+    ]
 
 
 def test_first_order_leaves_batches_as_they_are() -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import perf_data
 from tasp_coll.presets import KNOWN_SPECS
 from tasp_coll.schedule import ALGORITHMS
 
+T = TypeVar("T")
 OURS = ("auto", *ALGORITHMS, "native")
 PEERS = ("mpi4py", "gloo")
 HEALING = "healing"
@@ -257,6 +258,18 @@ def integer(low: int) -> Any:
         if not re.fullmatch(r"\d{1,19}", text.strip()) or not low <= int(text) < LARGEST:
             raise argparse.ArgumentTypeError(f"must be an integer >= {low}, got {text!r}")
         return int(text)
+
+    return checked
+
+
+def several(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """The type of a list of different values."""
+
+    def checked(text: str) -> tuple[T, ...]:
+        found = tuple(kind(part.strip()) for part in text.split(","))
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"must have each value once, got {text!r}")
+        return found
 
     return checked
 

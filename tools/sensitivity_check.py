@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from itertools import groupby
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import sensitivity_options
@@ -14,31 +18,27 @@ from sensitivity_options import Options
 from tasp_coll.files import writing
 
 if TYPE_CHECKING:
-    from sensitivity_figures import Moment
+    from sensitivity_figures import Moment, Seen
 
 TOOL = "sensitivity_check"
 
 
 def check(options: Options) -> list[str]:
     """Train, measure, and tell; what does not hold."""
-    import torch
-
-    import sensitivity_run
-    from sensitivity_figures import faults
+    from sensitivity_figures import Seen, faults
     from train_dynasty_sets import load
 
-    torch.set_num_threads(options.threads)
-    data = load("fashion-mnist", options.data)
+    images = len(load("fashion-mnist", options.data).train)
     least = options.images + options.batches * options.batch
-    if least > len(data.train):
-        raise ValueError(f"--images and --batches need {least} images, and there are {len(data.train)}")
-    seen: list[Moment] = []
+    if least > images:
+        raise ValueError(f"--images and --batches need {least} images, and there are {images}")
+    seen: list[Seen] = []
     told = []
-    for name in options.model:
-        for late, moment in enumerate(sensitivity_run.moments(options, name, data)):
-            report(moment)
-            seen.append(moment)
-            told += faults(moment, bool(late))
+    for _, of_seeds in groupby(_trainings(options), key=lambda found: found[0].model):
+        for late, moments in enumerate(zip(*of_seeds, strict=True)):
+            seen.append(Seen(moments))
+            report(seen[-1])
+            told += faults(seen[-1], bool(late))
     if options.json is not None:
         with writing(options.json) as partial:
             partial.write_text(json.dumps(_json(options, seen), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -49,29 +49,62 @@ def check(options: Options) -> list[str]:
     return told
 
 
-def report(moment: Moment) -> None:
+def _trainings(options: Options) -> Iterator[list[Moment]]:
+    """Each model's for each seed, in this order, as they finish."""
+    import sensitivity_run
+    from train_dynasty_run import leave_with
+
+    tasks = [(name, seed) for name in options.model for seed in options.seeds]
+    if options.jobs == 1:
+        yield from (sensitivity_run.moments(options, *task) for task in tasks)
+        return
+    pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=leave_with, initargs=(os.getpid(),))
+    try:
+        futures = [pool.submit(sensitivity_run.moments, options, *task) for task in tasks]
+        yield from (future.result() for future in futures)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def report(seen: Seen) -> None:
     """For people."""
+    seeds = f"{len(seen.moments)} seeds, " if len(seen.moments) > 1 else ""
     print(
-        f"{moment.model} after {moment.step} steps, loss {moment.loss:.3f}, analytics {moment.analytics_share:.2%}\n"
-        f"  {'':28} {'blocks':>6} {'estimate':>8} {'error only':>10} {'first order':>11} {'truth':>6}"
+        f"{seen.model} after {seen.step} steps, {seeds}loss {seen.loss:.3f}, analytics {seen.analytics_share:.2%}\n"
+        f"  {'':28} {'blocks':>6} {'estimate':>14} {'error only':>10} {'first order':>11} {'truth':>6}"
     )
-    for each in moment.figures:
+    for each in seen.figures:
+        half = "" if each.half is None else f"+-{each.half:.3f}"
         print(
-            f"  {each.title:28} {each.blocks:6} {each.estimate:8.3f} {each.error_only:10.3f} {each.first_order:11.3f} "
-            f"{each.reliability:6.3f}",
+            f"  {each.title:28} {each.blocks:6} {each.estimate:6.3f} {half:7} {each.error_only:10.3f} "
+            f"{each.first_order:11.3f} {each.reliability:6.3f}",
             flush=True,
         )
 
 
-def _json(options: Options, moments: Sequence[Moment]) -> dict[str, Any]:
+def _json(options: Options, seen: Sequence[Seen]) -> dict[str, Any]:
     asked = {name: value for name, value in vars(options).items() if name not in ("data", "json", "plot")}
-    return {"tool": TOOL, "version": tasp_coll.__version__, "setting": asked, "results": [_entry(m) for m in moments]}
+    return {
+        "tool": TOOL,
+        "version": tasp_coll.__version__,
+        "setting": asked,
+        "results": [_of_all(each) for each in seen],
+    }
 
 
-def _entry(moment: Moment) -> dict[str, Any]:
+def _of_all(seen: Seen) -> dict[str, Any]:
+    shared = {name: getattr(seen, name) for name in ("model", "step", "loss", "analytics_share")}
+    return {**shared, "figures": _figures(seen), "seeds": [_of_one(moment) for moment in seen.moments]}
+
+
+def _of_one(moment: Moment) -> dict[str, Any]:
     blocks = [{**vars(block), "changes": block.changes.tolist(), "truth": block.truth} for block in moment.blocks]
-    figures = [{name: value if value == value else None for name, value in vars(f).items()} for f in moment.figures]
-    return {**vars(moment), "figures": figures, "blocks": blocks}
+    return {**vars(moment), "figures": _figures(moment), "blocks": blocks}
+
+
+def _figures(of: Seen | Moment) -> list[dict[str, Any]]:
+    """NaN is no JSON."""
+    return [{name: value if value == value else None for name, value in vars(each).items()} for each in of.figures]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sensitivity_options import ANALYTICS, FEWEST, OVERALL, WITHIN
+from train_dynasty_results import estimate
 
 Floats = NDArray[np.float64]
 _SPLITS = 50
@@ -37,7 +38,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of some blocks; NaN where all are the same."""
+    """Of some blocks; NaN where all are the same. half: of the estimate's 95 % confidence interval, over seeds."""
 
     title: str
     blocks: int
@@ -45,13 +46,15 @@ class Figures:
     error_only: float
     first_order: float
     reliability: float
+    half: float | None = None
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What was seen of a model at a step of its training."""
+    """What was seen of a model at a step of one training."""
 
     model: str
+    seed: int
     step: int
     loss: float
     analytics_share: float
@@ -73,6 +76,49 @@ class Moment:
         return tuple(block for block in asked if operand in (None, block.operand))
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Of a model at a step of all its trainings; moments: one for each seed."""
+
+    moments: tuple[Moment, ...]
+
+    @property
+    def model(self) -> str:
+        return self.moments[0].model
+
+    @property
+    def step(self) -> int:
+        return self.moments[0].step
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean([moment.loss for moment in self.moments]))
+
+    @property
+    def analytics_share(self) -> float:
+        """The most of any seed."""
+        return max(moment.analytics_share for moment in self.moments)
+
+    @property
+    def blocks(self) -> tuple[Measured, ...]:
+        """Of all seeds."""
+        return tuple(block for moment in self.moments for block in moment.blocks)
+
+    @property
+    def figures(self) -> tuple[Figures, ...]:
+        """Means over seeds, whose trainings have the same layers; blocks: of all of them."""
+        return tuple(_mean(of_seeds) for of_seeds in zip(*(moment.figures for moment in self.moments), strict=True))
+
+
+def _mean(of_seeds: Sequence[Figures]) -> Figures:
+    title = of_seeds[0].title
+    held = {each.name: [getattr(figures, each.name) for figures in of_seeds] for each in fields(Figures)}
+    means = {name: float(np.mean(held[name])) for name in ("estimate", "error_only", "first_order", "reliability")}
+    spread = estimate(held["estimate"])
+    return Figures(title, sum(held["blocks"]), **means, half=spread.half if spread is not None else None)
+
+
 def figures(title: str, blocks: Sequence[Measured]) -> Figures:
     """Of these blocks."""
     changes = np.stack([block.changes for block in blocks])
@@ -84,18 +130,18 @@ def figures(title: str, blocks: Sequence[Measured]) -> Figures:
     return Figures(title, len(blocks), estimate, error_only, first_order, reliability(changes))
 
 
-def faults(moment: Moment, late: bool) -> list[str]:
-    """What does not hold of a moment."""
+def faults(seen: Seen, late: bool) -> list[str]:
+    """What does not hold."""
     told = []
-    where = f"{moment.model}, step {moment.step}"
-    for each in moment.figures:
+    where = f"{seen.model}, step {seen.step}"
+    for each in seen.figures:
         if each.title == "all" and not (each.estimate >= OVERALL and each.estimate > each.error_only):
             told.append(f"{where}: all blocks' {each.estimate:.3f} must be >= {OVERALL} and > {each.error_only:.3f}")
         least = min(WITHIN, each.reliability)
         if each.title.startswith("layer") and not each.estimate >= least:
             told.append(f"{where}: {each.title}'s {each.estimate:.3f} must be >= {least:.3f}")
-    if late and moment.analytics_share > ANALYTICS:
-        told.append(f"{where}: analytics must be <= {ANALYTICS:.0%}, got {moment.analytics_share:.2%}")
+    if late and seen.analytics_share > ANALYTICS:
+        told.append(f"{where}: analytics must be <= {ANALYTICS:.0%}, got {seen.analytics_share:.2%}")
     return told
 
 

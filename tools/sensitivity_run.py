@@ -20,6 +20,7 @@ from sensitivity_options import Options
 from sensitivity_truth import Batch, Spot, changes, first_order, in_float32
 from train_dynasty_data import DataSet
 from train_dynasty_models import Convnet, ResNet, logits
+from train_dynasty_sets import load
 
 _WIDTH, _DEPTH = 16, {"cnn": 3, "resnet": 1}
 _RATE = {"cnn": 0.05, "resnet": 0.1}
@@ -30,10 +31,12 @@ _CURVES: dict[str, Callable[[Quantizing, Tensor], Tensor]] = {
 }
 
 
-def moments(options: Options, name: str, data: DataSet) -> Iterator[Moment]:
-    """A model early and late in its training."""
-    torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+def moments(options: Options, name: str, seed: int) -> list[Moment]:
+    """A model early and late in its training. Raises train_dynasty_sets.DataError."""
+    torch.set_num_threads(options.threads)
+    data = load("fashion-mnist", options.data)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     order = rng.permutation(len(data.train))
     seen, unseen = order[: options.images], order[options.images :]
     batches = [
@@ -43,21 +46,25 @@ def moments(options: Options, name: str, data: DataSet) -> Iterator[Moment]:
     model = dynasty.convert(kind(data.shape, data.classes, _WIDTH, _DEPTH[name]), dynasty.Config())
     last = options.epochs * (options.images // options.batch)
     losses: list[float] = []
-    for step, loss in enumerate(_train(model, data, seen, options, _RATE[name], last), 1):
+    found = []
+    for step, loss in enumerate(_train(model, data, seen, options, seed, _RATE[name], last), 1):
         losses.append(loss)
         if step in (options.early, last):
-            yield _moment(options, name, model, step, float(np.mean(losses[-20:])), batches)
+            blocks = _measured(options, seed, model, batches)
+            share = model.dynasty.report().analytics_share
+            found.append(Moment(name, seed, step, float(np.mean(losses[-20:])), share, blocks))
+    return found
 
 
 def _train(
-    model: Any, data: DataSet, seen: np.ndarray[Any, Any], options: Options, rate: float, last: int
+    model: Any, data: DataSet, seen: np.ndarray[Any, Any], options: Options, seed: int, rate: float, last: int
 ) -> Iterator[float]:
     """Losses, step by step."""
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
     shape = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / _RISE) * (1 + math.cos(math.pi * step / last)) / 2
     )
-    rng = np.random.default_rng(options.seed + 1)
+    rng = np.random.default_rng(seed + 1)
     per_epoch = options.images // options.batch
     order = seen
     for step in range(last):
@@ -74,17 +81,17 @@ def _train(
         yield float(loss.detach())
 
 
-def _moment(options: Options, name: str, model: Any, step: int, loss: float, batches: list[Batch]) -> Moment:
+def _measured(options: Options, seed: int, model: Any, batches: list[Batch]) -> tuple[Measured, ...]:
     plain = in_float32(model)
-    spots = _spots(model, options)
+    spots = _spots(model, options.blocks, seed)
     estimates = _estimates(model, options.bits)
     for layer in Layout.of(plain).layers:
         layer.x_slope.fill_(1)
         layer.w_slope.fill_(1)
     errors = _estimates(plain, options.bits)
-    found = changes(plain, spots, batches, options.bits, options.dithers, options.seed)
-    known = first_order(plain, spots, batches, options.bits, options.seed).mean(1).tolist()
-    measured = (
+    found = changes(plain, spots, batches, options.bits, options.dithers, seed)
+    known = first_order(plain, spots, batches, options.bits, seed).mean(1).tolist()
+    return tuple(
         Measured(
             *(spot.layer, spot.operand, spot.number, row),
             float(estimates[spot.layer, spot.operand][spot.number]),
@@ -93,17 +100,16 @@ def _moment(options: Options, name: str, model: Any, step: int, loss: float, bat
         )
         for spot, row, exact in zip(spots, found, known, strict=True)
     )
-    return Moment(name, step, loss, model.dynasty.report().analytics_share, tuple(measured))
 
 
-def _spots(model: nn.Module, options: Options) -> list[Spot]:
+def _spots(model: nn.Module, most: int, seed: int) -> list[Spot]:
     """The blocks that are measured, drawn where there are more than were asked for."""
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(seed)
     spots = []
     layout = Layout.of(model)
     for name, layer in zip(layout.names, layout.layers, strict=True):
         for operand, bits in (("activations", layer.x_bits), ("weights", layer.w_bits)):
-            chosen = np.sort(rng.permutation(bits.numel())[: options.blocks])
+            chosen = np.sort(rng.permutation(bits.numel())[:most])
             spots += [Spot(name, operand, int(number)) for number in chosen]
     return spots
 

@@ -8,13 +8,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from perf_options import Parser, integer, seconds_of
+from perf_options import Parser, integer, seconds_of, several
 from tasp_coll.presets import KNOWN_SPECS
 from train_dynasty_tasks import LONG, Precision, Task, precision
 
-T = TypeVar("T")
 MODELS = ("cnn", "resnet", "llama")
 DATA_SETS = ("fashion-mnist", "cifar-100", "imagenet", "text")
 GRADS = ("float32", "bfloat16", "8", "dynamic")
@@ -169,13 +168,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 def _add_rows(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--configs",
-        type=_list(precision),
-        default=_list(precision)("float32,8,dynamic:4.7"),
+        type=several(precision),
+        default=several(precision)("float32,8,dynamic:4.7"),
         metavar="A,B,..",
         help="float32, equal bits such as 8, dynamic:S with S times fewer cycles than 8 bits (float32,8,dynamic:4.7)",
     )
     group.add_argument(
-        "--seeds", type=_list(integer(0)), default=(1,), metavar="A,B,..", help="of weights and order (default 1)"
+        "--seeds", type=several(integer(0)), default=(1,), metavar="A,B,..", help="of weights and order (default 1)"
     )
     group.add_argument("--against", metavar="CONFIG", help="the row that all are compared with (8, else the first)")
     group.add_argument(
@@ -228,7 +227,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 def _add_ranks(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--grad-bits",
-        type=_list(_one_of(GRADS)),
+        type=several(_one_of(GRADS)),
         metavar="A,B,..",
         help=f"how gradients travel, a row each: {', '.join(GRADS)} (default float32)",
     )
@@ -252,18 +251,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="write each trained model there, maps and statistics with it"
     )
-
-
-def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """The type of a list of different values."""
-
-    def checked(text: str) -> tuple[T, ...]:
-        found = tuple(kind(part.strip()) for part in text.split(","))
-        if len(set(found)) < len(found):
-            raise argparse.ArgumentTypeError(f"must have each value once, got {text!r}")
-        return found
-
-    return checked
 
 
 def _block(text: str) -> str:
