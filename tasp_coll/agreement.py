@@ -99,6 +99,11 @@ class Rounds:
         """What each rank sent."""
         return [self.header(rank) for rank in range(self.size)]
 
+    @property
+    def base(self) -> int:
+        """Address of what this round brought."""
+        return self._base
+
     def payload(self, rank: int) -> int:
         """Address of the payload that `rank` sent, valid until the next round."""
         return self._base + rank * self.stride + HEADER_BYTES
@@ -121,6 +126,9 @@ class Rounds:
         room = self._memory[self.rank, HEADER_BYTES : HEADER_BYTES + payload].data
         made = self._prepared[payload] = self._transport.prepare(receives + sends), room
         return made
+
+    def close(self) -> None:
+        """Let go of memory; messages end with their transport."""
 
 
 def encode(description: Mapping[str, object], limit: int) -> bytes:

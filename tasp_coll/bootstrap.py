@@ -13,14 +13,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tasp_coll.agreement import Header, Rounds, disagreement
+from tasp_coll.board import Board, board_bytes, place
 from tasp_coll.core import lanes
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
+from tasp_coll.transport.shared import new_file, opened
 from tasp_coll.work import Once
 
 DEFAULT_TIMEOUT = 600.0
@@ -182,12 +188,15 @@ class _Round(Once):
 
 
 class Wishes(NamedTuple):
-    """What a rank wants of a communicator. given: someone named the topology. error: why it cannot take part."""
+    """What a rank wants of a communicator. given: someone named the topology. shares: it may share memory with others.
+    error: why it cannot take part.
+    """
 
     topology: Topology | None
     given: bool
     self_heal: bool
     checksums: bool
+    shares: bool
     error: CollectiveError | None
 
 
@@ -231,6 +240,35 @@ def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]
     while not rounds.poll():
         yield False
     return [rounds.text(rank) for rank in range(rounds.size)]
+
+
+@dataclass
+class Meet(_Round):
+    """The operation after which ranks that share memory use it for their rounds. wanted: by this rank."""
+
+    wanted: bool
+    transport: Transport
+
+    def run(self) -> Generator[bool, None, Rounds]:
+        """The rounds from now on: these, or by way of a board."""
+        here = place() if self.wanted else ""
+        mark = blake2b(here.encode(), digest_size=16).hexdigest() if here else ""
+        marks = yield from exchange_texts(self.rounds, mark)
+        if "" in marks or len(set(marks)) > 1:
+            return self.rounds
+        total, path, memory = board_bytes(self.rounds), "", None
+        with ExitStack() as leaving:
+            if self.rounds.rank == 0:
+                with suppress(CollectiveError, OSError):
+                    path = new_file(np.zeros(0, np.uint8), total)
+                    leaving.callback(os.unlink, path)
+            path = (yield from exchange_texts(self.rounds, path))[0]
+            with suppress(OSError, ValueError):
+                memory = opened(path, total) if path else None
+            texts = yield from exchange_texts(self.rounds, "" if memory is None else "here")
+        if memory is None or "" in texts:
+            return self.rounds
+        return Board(self.transport, memory)
 
 
 @dataclass

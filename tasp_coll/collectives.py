@@ -34,7 +34,8 @@ class AllGather(Collective):
     """Shards of one shape, rank-major."""
 
     collective, name = "allgather", "decomposed_allgather"
-    _unpacking: tuple[int, NDArray[np.uint8], NDArray[np.uint8]] | None = None  # views for the address seen last
+    # By where a round has its payloads, of which there are few: `recv`'s address seen last, and views of both.
+    _views: dict[int, tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]
 
     def key(self) -> tuple[Any, ...]:
         return self.send.shape, self.send.dtype
@@ -42,6 +43,7 @@ class AllGather(Collective):
     def prepare(self, recv: Any) -> None:
         rows, rest = Shape.of(self.send.shape)
         self.out = self.receive(recv, (self.core.size * rows, *rest), self.core.rank * self.send.nbytes)
+        self._views = {}
 
     def sizes(self) -> tuple[int, ...]:
         return (self.send.nbytes,) * self.core.size
@@ -58,10 +60,12 @@ class AllGather(Collective):
         nbytes = self.send.nbytes
         if not nbytes:
             return
-        if self._unpacking is None or self._unpacking[0] != self.out.address:
+        base = self.core.rounds.base
+        views = self._views.get(base)
+        if views is None or views[0] != self.out.address:
             target = memory_at(self.out.address, self.core.size * nbytes).reshape(self.core.size, nbytes)
-            self._unpacking = self.out.address, target, self.core.rounds.payloads(nbytes)
-        _, target, source = self._unpacking
+            views = self._views[base] = self.out.address, target, self.core.rounds.payloads(nbytes)
+        _, target, source = views
         target[...] = source
 
     def own(self) -> list[tuple[int, int, int]]:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasp_coll import bootstrap, checksums, tuning
+from tasp_coll import board, bootstrap, checksums, tuning
 from tasp_coll.agreement import Rounds
 from tasp_coll.collectives import AllGather, AllGatherV, AllReduce, AllToAll, ReduceScatter
 from tasp_coll.core import Core, lanes
@@ -382,9 +382,9 @@ def _plain(counts: Any) -> Any:
 
 def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, error: CollectiveError | None) -> Core:
     """The first agreement, and rank 0's tuned table and costs for all."""
-    with_checksums = False
+    with_checksums = shares = False
     try:
-        with_checksums = checksums.wanted()
+        with_checksums, shares = checksums.wanted(), board.wanted()
     except ArgumentError as bad:
         error = error or bad
     given = topology is not None or bool(os.environ.get(ENVIRONMENT))
@@ -398,7 +398,7 @@ def _join(transport: Transport, topology: Any, timeout: float, self_heal: bool, 
         derived = None if found is None else derived_pairs(found)
         transport = healing = HealingTransport(transport, timeout, lanes(transport.size), derived)
     try:
-        core = _meet(transport, timeout, bootstrap.Wishes(found, given, self_heal, with_checksums, error))
+        core = _meet(transport, timeout, bootstrap.Wishes(found, given, self_heal, with_checksums, shares, error))
     except CollectiveError:
         transport.close()
         raise
@@ -413,6 +413,8 @@ def _meet(transport: Transport, timeout: float, wishes: bootstrap.Wishes) -> Cor
     hosts = engine.run(bootstrap.Join(rounds, wishes))
     assert found is not None
     native = transport.name == "mpi" and not (wishes.self_heal or wishes.checksums)
+    shares = wishes.shares and transport.name == "mpi" and not wishes.self_heal
+    rounds = engine.run(bootstrap.Meet(rounds, shares, transport))
     different = len(set(hosts))
     situation = tuning.Situation(found, wishes.given, different, native, shared=different == 1)
     core = Core(transport, found, situation, rounds, engine)

@@ -235,6 +235,7 @@ class Core:
             self.memos.clear()
             self._schedules.clear()
             self.arena = Arena()
+            self.rounds.close()
             self.transport.close()
 
 

@@ -42,7 +42,7 @@ class Opening(Collective):
             dtype=self.send.dtype,
             algorithm=self.options.label,
             rings=None if self.options.rings is None else int(self.options.rings),
-            align=self.options.align,
+            align=int(self.options.align),
             **({self.options.extra: self.options.extra} if self.options.extra else {}),
         )
 
@@ -150,7 +150,7 @@ class OpenGather(Opening):
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
         row_bytes = self.row_elements * self.send.itemsize
-        align = self.options.align
+        align = int(self.options.align)
         return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes, self.donate, align),)
 
     def schedule(self) -> Schedule:
@@ -180,7 +180,7 @@ class OpenReduce(Opening):
         return ("auto", "rings", "ring") if self.accumulate else super().algorithms()
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
-        rank, rows, align = self.core.rank, self.rows, self.options.align
+        rank, rows, align = self.core.rank, self.rows, int(self.options.align)
         if self.how is None:
             row_bytes = self.row_elements * self.send.itemsize
             return (accumulate_steps_program(schedule, rank, rows, row_bytes, align),)

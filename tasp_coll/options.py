@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tasp_coll.core import Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.forecast import Choice
+from tasp_coll.links import is_integer
 from tasp_coll.schedule import Schedule
 
 ALGORITHMS = ("auto", "rings", "ring", "direct", "hierarchical", "native")
@@ -35,7 +36,7 @@ class Options(NamedTuple):
             raise ArgumentTypeError(f"rings must be an integer or None, got {self.rings!r}")
         if not isinstance(self.counts, (tuple, NoneType)):
             raise ArgumentTypeError(f"counts must be {ranks} integers >= 0, got {self.counts!r}")
-        if isinstance(self.align, bool) or not isinstance(self.align, int):
+        if not is_integer(self.align):
             raise ArgumentTypeError(f"align must be an integer, got {self.align!r}")
 
     def check(self, collective: str, core: Core) -> None:

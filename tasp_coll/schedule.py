@@ -24,6 +24,7 @@ from tasp_coll.decomposition import decomposition_of
 from tasp_coll.errors import ArgumentError, ScheduleError, TopologyError
 from tasp_coll.hierarchical import OTHERS, HierarchicalPattern, capacity_share
 from tasp_coll.layouts import Layout, chunks_by_step, layout_of
+from tasp_coll.links import is_count
 from tasp_coll.nodes import nodes_of
 from tasp_coll.patterns import (
     AllToAllPattern,
@@ -165,9 +166,9 @@ class Schedule:
             raise ScheduleError(f"only allgather and reduce_scatter go step by step, this is an {self.collective}")
         if not 0 <= rank < self.ranks:
             raise ArgumentError(f"rank must be from 0 to {self.ranks - 1}, got {rank!r}")
-        if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+        if not is_count(align):
             raise ArgumentError(f"align must be an integer >= 1, got {align!r}")
-        bounds = [cut_rows(count, self.weights, align) for count in _check_counts(rows, self.ranks, "rows")]
+        bounds = [cut_rows(count, self.weights, int(align)) for count in _check_counts(rows, self.ranks, "rows")]
         steps = chunks_by_step(self.pattern, rank, self.chunks, self.collective == "allgather")
         return layout_of(steps, bounds, bool(self.rings))
 

@@ -57,7 +57,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("executor", "checksums", "launches", "programs", "slabs", "reduce_programs"),
         *("transport.nccl", "transport.ipc_plan", "transport.ipc"),
     ),
-    "agreement": ("agreement", "work", "engine"),
+    "agreement": ("agreement", "board", "work", "engine"),
     "choice": ("forecast", "tuning", "measure"),
     "core": ("memos", "guard", "device", "graphs", "core"),
     "bootstrap": ("bootstrap", "linkup"),

@@ -21,16 +21,18 @@ SUITE = Path(__file__).parent / "mpi"
 
 
 def run_suite(
-    mpirun: MpiRun, ranks: int, suite: Path = SUITE, *, limit_s: float = 60, counted: bool = True
+    mpirun: MpiRun, ranks: int, *suite: Path, limit_s: float = 60, counted: bool = True, board: bool = True
 ) -> CompletedProcess[str]:
     """A test gets `limit_s`: faulthandler's thread needs no GIL, so it ends a rank that hangs in MPI too.
 
-    counted: whether the ranks' lines count as covered.
+    suite: tests/mpi, if none is given. counted: whether the ranks' lines count as covered. board: rounds in memory that
+    ranks share.
     """
     options = ["-c", "pyproject.toml", "-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0"]
     options += ["-o", f"faulthandler_timeout={limit_s}", "-o", "faulthandler_exit_on_timeout=true"]
-    env = {"TASP_COLL_MPI_RANKS": str(ranks), **({} if counted else UNCOUNTED)}
-    return mpirun(ranks, ["-m", "pytest", suite, *options], timeout=240, env=env)
+    env = {"TASP_COLL_MPI_RANKS": str(ranks), "TASP_COLL_SHARED_MEMORY": str(int(board))}
+    tests = suite or (SUITE,)
+    return mpirun(ranks, ["-m", "pytest", *tests, *options], timeout=240, env=env | ({} if counted else UNCOUNTED))
 
 
 def suite_of(directory: Path, body: str) -> Path:
@@ -45,6 +47,13 @@ def test_suite_passes(mpirun: MpiRun, ranks: int) -> None:
     ended = run_suite(mpirun, ranks, counted=ranks in (1, 4))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count(" passed") == 1, "rank 0, and no other, reports"
+
+
+def test_suite_passes_by_messages(mpirun: MpiRun) -> None:
+    """As on several hosts: no memory is shared."""
+    bodies = [SUITE / f"test_{name}.py" for name in ("collectives", "errors", "groups")]
+    ended = run_suite(mpirun, 3, *bodies, board=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_one_failing_rank_ends_the_job(mpirun: MpiRun, tmp_path: Path) -> None:

@@ -485,6 +485,15 @@ def test_errors_on_one_rank_or_all(call: Any, says: str) -> None:
     on_ranks(3, body)
 
 
+def test_integers_of_any_kind_are_the_same_align() -> None:
+    def body(comm: Communicator) -> None:
+        align: Any = (np.int64(4), 4, np.uint8(4))[comm.rank]
+        for arrival in comm.allgather_steps(np.full(64, comm.rank), align=align):
+            assert all((chunk.data == chunk.source).all() for chunk in arrival.chunks)
+
+    on_ranks(3, body)
+
+
 def test_what_is_agreed_and_what_is_not() -> None:
     def body(comm: Communicator) -> None:
         with pytest.raises(MismatchError, match="rank 1 passed align 16"):
@@ -509,7 +518,7 @@ def test_arrivals_of_a_schedule() -> None:
     with pytest.raises(ArgumentError, match="rows must be 3 integers"):
         forward.arrivals(0, [1, 2])
     bounds = ((0, 448), (448, 896), (896, 1344), (1344, 1800))
-    own = plan("full_mesh:5").arrivals(1, [1800] * 5, 16)[0]
+    own = plan("full_mesh:5").arrivals(1, [1800] * 5, np.int64(16))[0]
     assert own == tuple((1, ring, start, stop) for ring, (start, stop) in enumerate(bounds))
     with pytest.raises(ArgumentError, match="align must be an integer >= 1, got 0"):
         forward.arrivals(0, rows, 0)

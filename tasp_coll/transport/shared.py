@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,24 @@ def machine() -> str:
         return f"{os.uname().nodename}, process {os.getpid()} ({error})"
 
 
+def new_file(content: np.ndarray[Any, Any], total: int) -> str:
+    """The path of memory of so many bytes, which begins with `content`. To be removed when all have opened it."""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="tasp_coll-", dir=DIRECTORY)
+    except OSError as error:
+        raise CollectiveError(f"ranks of one host meet in {DIRECTORY}, which cannot be written ({error})") from error
+    with open(descriptor, "r+b") as file:
+        file.truncate(total)
+        file.write(content.tobytes())
+    return path
+
+
+def opened(path: str, total: int) -> np.ndarray[Any, Any]:
+    """That memory, as bytes; it goes when nothing refers to it."""
+    with open(path, "r+b") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), total), np.uint8)
+
+
 class Shared:
     """One rank's view of the memory. `flags`: (slots, ranks, ranks) words, each alone on its cache line."""
 
@@ -44,10 +63,8 @@ class Shared:
         """path: of `create`, called by one of the ranks with the same size and slots."""
         self.rank, self.size = rank, size
         flags, states, total = _extents(size, slots)
-        with open(path, "r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), total)
         self.flag_bytes, self._slots = flags, slots
-        whole = np.frombuffer(self._memory, np.uint8)
+        whole = opened(path, total)
         self.address = int(whole.ctypes.data)
         self.flags = whole[: slots * size * size * _LINE].view(np.uint32).reshape(slots, size, size, -1)[..., 0]
         self._states = whole[flags : flags + 4 * size].view(np.uint32)
@@ -62,16 +79,7 @@ class Shared:
     def create(size: int, slots: int, value: int) -> str:
         """The path of such memory for `size` ranks, all flags `value`. To be removed when all have opened it."""
         flags, _, total = _extents(size, slots)
-        try:
-            descriptor, path = tempfile.mkstemp(prefix="tasp_coll-", dir=DIRECTORY)
-        except OSError as error:
-            raise CollectiveError(
-                f"ranks of one host meet in {DIRECTORY}, which cannot be written ({error})"
-            ) from error
-        with open(descriptor, "r+b") as file:
-            file.truncate(total)
-            file.write(np.full(flags // 4, value, np.uint32).tobytes())
-        return path
+        return new_file(np.full(flags // 4, value, np.uint32), total)
 
     def offset(self, slot: int, src: int, dst: int) -> int:
         """Bytes from `address` to a flag."""

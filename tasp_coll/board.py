@@ -1,0 +1,127 @@
+"""Rounds in memory that all ranks share: each writes where all read, in place of a message to each of the others.
+
+Round k is written on side k % 2 of the board. A rank writes it when round k - 1 is complete: then all have written
+that, which they do when they need nothing of round k - 2 any more. The round's number is written last, and read first.
+That is enough where stores are seen in the order in which they were made, as on x86.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasp_coll.agreement import HEADER_BYTES, Rounds
+from tasp_coll.errors import ArgumentError
+from tasp_coll.transport import Transport
+from tasp_coll.transport.shared import machine
+
+ENVIRONMENT = "TASP_COLL_SHARED_MEMORY"
+_SIDES = 2
+_NUMBER_BYTES, _SIGNATURE_BYTES = 8, 16
+_LINE = 64
+_IN_ORDER = ("x86_64", "AMD64", "i686")
+_LISTEN_POLLS = 8
+
+
+class _Side:
+    """Half of the board: all ranks' numbers, their signatures, and their slots of header and payload.
+
+    Numbers and signatures lie close together, so that all of them are looked at in one go.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8], rank: int, size: int, stride: int) -> None:
+        numbers, signatures = memory[: _NUMBER_BYTES * size], memory[_lines(_NUMBER_BYTES * size) :]
+        self.slots = memory[-size * stride :].reshape(size, stride)
+        self.base = int(self.slots.ctypes.data)
+        self.numbers, self.signatures = numbers.data, signatures[: _SIGNATURE_BYTES * size].data
+        self.number = numbers[_NUMBER_BYTES * rank :][:_NUMBER_BYTES].data.cast("q")
+        self.signature = self.signatures[_SIGNATURE_BYTES * rank :][:_SIGNATURE_BYTES]
+        self.own = self.slots[rank].data
+        self.said = b""  # this rank's header that is there
+
+
+def wanted() -> bool:
+    """Whether TASP_COLL_SHARED_MEMORY lets ranks share a board; ArgumentError for what it cannot mean."""
+    text = os.environ.get(ENVIRONMENT, "")
+    if text not in ("", "0", "1"):
+        raise ArgumentError(f"environment variable {ENVIRONMENT} must be 0 or 1, got {text!r}")
+    return text != "0"
+
+
+def place() -> str:
+    """The same for ranks that can share a board, and for no others: "" where there can be none.
+
+    Network namespaces are told apart because who has several on one machine wants them to act as several machines.
+    """
+    if sys.platform != "linux" or platform.machine() not in _IN_ORDER:
+        return ""
+    try:
+        return f"{machine()} {os.readlink('/proc/self/ns/net')}"
+    except OSError:
+        return ""
+
+
+def board_bytes(rounds: Rounds) -> int:
+    """What such rounds need on a board."""
+    return _SIDES * _side_bytes(rounds.size, rounds.stride)
+
+
+def _side_bytes(size: int, stride: int) -> int:
+    return _lines(_NUMBER_BYTES * size) + _lines(_SIGNATURE_BYTES * size) + size * stride
+
+
+def _lines(nbytes: int) -> int:
+    """In whole cache lines."""
+    return -(-nbytes // _LINE) * _LINE
+
+
+class Board(Rounds):
+    """Rounds of ranks whose memory is one. memory: `board_bytes`, zeros at first, the same for all."""
+
+    def __init__(self, transport: Transport, memory: NDArray[np.uint8]) -> None:
+        super().__init__(transport)
+        halves = memory.reshape(_SIDES, -1)
+        self._sides = [_Side(half, self.rank, self.size, self.stride) for half in halves]
+        self._side = self._sides[0]
+        self._number = self._idle = 0
+        self._wanted = b""
+
+    def post(self, header: bytes, payload: bytes | memoryview = b"") -> None:
+        """As in `Rounds`."""
+        self._number = number = self._number + 1
+        self._side = side = self._sides[number % _SIDES]
+        self._memory, self._base = side.slots, side.base
+        if header is not side.said:  # as in a call repeated
+            side.own[: len(header)], side.signature[:] = header, header[:_SIGNATURE_BYTES]
+            side.said = header
+        side.own[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
+        side.number[0] = number
+        self._wanted = number.to_bytes(_NUMBER_BYTES, "little") * self.size
+
+    def poll(self) -> bool:
+        """As in `Rounds`."""
+        numbers, wanted = self._side.numbers, self._wanted
+        if numbers.tobytes() == wanted or numbers.tobytes() == wanted:
+            return True
+        self._idle += 1
+        if self._idle % _LISTEN_POLLS == 0:
+            self._transport.alarms()  # peers may need the library's progress here to get to their round
+        return False
+
+    def pending(self) -> set[int]:
+        """As in `Rounds`."""
+        return {rank for rank, number in enumerate(self._side.numbers.cast("q")) if number != self._number}
+
+    def same(self, signature: bytes) -> bool:
+        """As in `Rounds`."""
+        return self._side.signatures.tobytes() == signature * self.size
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._sides = [_Side(np.zeros(board_bytes(self) // _SIDES, np.uint8), self.rank, self.size, self.stride)]
+        self._side = self._sides[0]
+        self._memory = self._side.slots

@@ -1,0 +1,118 @@
+"""Rounds on a board: the memory that ranks of one host share, here of one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tasp_coll
+from tasp_coll import board
+from tasp_coll.agreement import Header, Rounds
+from tasp_coll.board import Board, board_bytes
+from tasp_coll.transport.loopback import LoopbackTransport, LoopbackWorld
+from tasp_coll.transport.shared import new_file, opened
+
+
+def boards(size: int) -> list[Board]:
+    """One for each rank."""
+    world = LoopbackWorld(size)
+    transports = [LoopbackTransport(world, rank) for rank in range(size)]
+    memory = np.zeros(board_bytes(Rounds(transports[0])), np.uint8)
+    return [Board(transport, memory) for transport in transports]
+
+
+def header(number: int, payload: bytes = b"") -> Header:
+    return Header(f"call {number}".encode().ljust(16), len(payload), number)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_what_all_wrote_is_there(size: int) -> None:
+    """Payloads of any length, also shorter ones after longer ones."""
+    ranks, rng = boards(size), np.random.default_rng(size)
+    for number in range(50):
+        said = [rng.bytes(int(rng.integers(ranks[0].capacity + 1))) for _ in ranks]
+        for rank, each in enumerate(ranks):
+            each.post(header(number, said[rank]).packed(), said[rank])
+            assert each.poll() == (rank == size - 1)
+        for each in ranks:
+            assert each.poll()
+            assert each.same(header(number).signature)
+            assert each.headers() == [header(number, text) for text in said]
+            for rank, text in enumerate(said):
+                assert each.payloads(len(text))[rank].tobytes() == text
+                assert each.payload(rank) == each.base + rank * each.stride + 64
+
+
+def test_what_a_slow_rank_reads_stays_while_others_go_on() -> None:
+    """Rank 0 is in the next round while rank 1 still reads this one's; it cannot be in the one after."""
+    first, second = boards(2)
+    for number in range(6):
+        first.post(header(number, b"ab").packed(), b"ab")
+        second.post(header(number, b"cd").packed(), b"cd")
+        assert first.poll()
+        first.post(header(100 + number, b"xy").packed(), b"xy")
+        assert not first.poll()
+        assert second.poll()
+        assert second.header(0) == header(number, b"ab")
+        assert second.payloads(2).tobytes() == b"abcd"
+        second.post(header(100 + number, b"uv").packed(), b"uv")
+        assert second.poll()
+        assert first.poll()
+        assert first.payloads(2).tobytes() == second.payloads(2).tobytes() == b"xyuv"
+
+
+def test_it_says_who_is_waited_for_and_who_differs() -> None:
+    ranks = boards(4)
+    ranks[2].post(header(1).packed())
+    ranks[0].post(header(1).packed())
+    assert ranks[0].pending() == {1, 3}
+    assert ranks[2].pending() == {1, 3}
+    ranks[1].post(header(2).packed())
+    ranks[3].post(header(1).packed())
+    assert ranks[0].pending() == set()
+    assert ranks[0].poll()
+    assert not ranks[0].same(header(1).signature)
+
+
+def test_whoever_waits_lets_the_library_move_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers may need that to get to their round."""
+    first, _ = boards(2)
+    looks: list[None] = []
+    monkeypatch.setattr(first._transport, "alarms", lambda: looks.append(None))
+    first.post(header(1).packed())
+    for _ in range(100):
+        assert not first.poll()
+    assert len(looks) >= 10
+
+
+def test_memory_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasp_coll.transport.shared.DIRECTORY", str(tmp_path))
+    transport = LoopbackTransport(LoopbackWorld(1), 0)
+    total = board_bytes(Rounds(transport))
+    path = new_file(np.zeros(0, np.uint8), total)
+    held = Board(transport, opened(path, total))
+    os.unlink(path)
+    held.post(header(1).packed(), b"abc")
+    assert held.poll()
+    assert held.payloads(3).tobytes() == b"abc"
+    assert any(path in line for line in Path("/proc/self/maps").read_text().splitlines())
+    held.close()
+    assert not any(path in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_where_there_can_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(board.ENVIRONMENT, "0")
+    assert not board.wanted()
+    monkeypatch.delenv(board.ENVIRONMENT)
+    assert board.wanted()
+    monkeypatch.setattr(board.platform, "machine", lambda: "aarch64")
+    assert board.place() == ""
+
+
+def test_what_the_environment_cannot_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(board.ENVIRONMENT, "no")
+    with pytest.raises(tasp_coll.ArgumentError, match="TASP_COLL_SHARED_MEMORY must be 0 or 1, got 'no'"):
+        tasp_coll.Communicator(LoopbackTransport(LoopbackWorld(1), 0))
