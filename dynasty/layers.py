@@ -25,6 +25,9 @@ from dynasty.tiles import Block
 STATISTICS = ("x_peak", "x_square", "x_slope", "w_slope", "g_peak", "g_square", "g_mean")
 
 
+_HASTE = 12
+
+
 def _part(batch: int) -> int:
     """How much of a batch is enough for the statistics of a gradient that nothing else wants."""
     return -(-batch // 4)
@@ -191,8 +194,9 @@ class Quantizing(nn.Module):
     def _note(self, name: str, found: Tensor) -> None:
         held = getattr(self, name)
         found = found.mean(-2) if held.ndim == 1 else found
-        # The first few are averaged evenly, so that the start at zero leaves no trace.
-        weight = max(1 - self.config.decay, 1 / (int(self.seen) + 1))
+        # Weights grow as the _HASTE-th power of the observation's number (Shamir and Zhang 2013): what is remembered is
+        # a part of the training so far, in whose beginning slopes change by orders of magnitude in a few steps.
+        weight = max(1 - self.config.decay, (_HASTE + 1) / (int(self.seen) + 1 + _HASTE))
         held.lerp_(found.to(held.dtype), weight)
 
     def _beside(self, bias: Tensor, out: Tensor) -> Tensor:

@@ -242,3 +242,21 @@ def test_the_first_layers_slope_comes_from_a_part_of_the_batch() -> None:
         macs.append(layer[0].extra_macs)
     assert macs == [16 * 16 * layer[0].weight.numel(), 0]
     assert slopes[0] == pytest.approx(slopes[1], rel=0.1)
+
+
+def test_what_was_seen_first_is_soon_forgotten() -> None:
+    """Training begins with slopes of another size; later on `decay` says how long they are remembered."""
+    layer: Any = dynasty.convert(nn.Sequential(nn.Linear(16, 16)), Config(decay=0.9))[0]
+    weights = []
+    for number in range(200):
+        layer.x_slope.fill_(0)
+        layer._note("x_slope", torch.ones(1, 1))
+        weights.append(float(layer.x_slope))
+        layer.seen.fill_(number + 1)
+    assert weights[:2] == pytest.approx([1, 13 / 14])
+    assert weights == sorted(weights, reverse=True)
+    assert weights[-1] == pytest.approx(0.1)
+    held = 1.0
+    for weight in weights[10:14]:  # steps 19, 20, 29 and 30 after the first 10
+        held *= 1 - weight
+    assert held < 0.1
