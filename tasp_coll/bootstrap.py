@@ -259,8 +259,8 @@ class Meet(_Round):
         total, path, memory = board_bytes(self.rounds), "", None
         with ExitStack() as leaving:
             if self.rounds.rank == 0:
-                with suppress(CollectiveError, OSError):
-                    path = new_file(np.zeros(0, np.uint8), total)
+                with suppress(CollectiveError):  # written in full: memory that is only promised may be missing later
+                    path = new_file(np.zeros(total, np.uint8), total)
                     leaving.callback(os.unlink, path)
             path = (yield from exchange_texts(self.rounds, path))[0]
             with suppress(OSError, ValueError):

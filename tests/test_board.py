@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,20 @@ def test_memory_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert any(path in line for line in Path("/proc/self/maps").read_text().splitlines())
     held.close()
     assert not any(path in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_nothing_is_left_where_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasp_coll.transport.shared.DIRECTORY", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(tasp_coll.CollectiveError, match="cannot be written"):
+            new_file(np.zeros(5000, np.uint8), 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_there_can_be_none(monkeypatch: pytest.MonkeyPatch) -> None:

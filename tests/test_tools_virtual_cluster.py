@@ -364,6 +364,14 @@ with tasp_coll.Communicator(timeout=30) as comm:
 """
 
 
+def test_hosts_share_no_memory(mpi: None) -> None:
+    """All of them are processes of one machine, and ranks of one host meet in memory."""
+    asked = "import tasp_coll as t; c = t.Communicator(); print(type(c._core.rounds).__name__)"
+    ended = call("run", *new("full_mesh:3"), "--", "python", "-c", asked)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["Rounds"] * 3
+
+
 def test_gloo_finds_its_way_between_hosts(mpi: None, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     found = tmp_path / "found.json"

@@ -40,13 +40,16 @@ def machine() -> str:
 
 def new_file(content: np.ndarray[Any, Any], total: int) -> str:
     """The path of memory of so many bytes, which begins with `content`. To be removed when all have opened it."""
+    path = ""
     try:
         descriptor, path = tempfile.mkstemp(prefix="tasp_coll-", dir=DIRECTORY)
+        with open(descriptor, "r+b") as file:
+            file.truncate(total)
+            file.write(content.tobytes())
     except OSError as error:
+        if path:
+            os.unlink(path)
         raise CollectiveError(f"ranks of one host meet in {DIRECTORY}, which cannot be written ({error})") from error
-    with open(descriptor, "r+b") as file:
-        file.truncate(total)
-        file.write(content.tobytes())
     return path
 
 
