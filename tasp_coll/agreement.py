@@ -128,7 +128,9 @@ class Rounds:
         return made
 
     def close(self) -> None:
-        """Let go of memory; messages end with their transport."""
+        """Free what was prepared. Nothing may be under way."""
+        while self._prepared:
+            self._prepared.popitem()[1][0].free()
 
 
 def encode(description: Mapping[str, object], limit: int) -> bytes:

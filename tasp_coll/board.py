@@ -2,7 +2,7 @@
 
 Round k is written on side k % 2 of the board. A rank writes it when round k - 1 is complete: then all have written
 that, which they do when they need nothing of round k - 2 any more. The round's number is written last, and read first.
-That is enough where stores are seen in the order in which they were made, as on x86.
+That is enough where others see stores and loads in the order in which they were made, as on x86.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ENVIRONMENT = "TASP_COLL_SHARED_MEMORY"
 _SIDES = 2
 _NUMBER_BYTES, _SIGNATURE_BYTES = 8, 16
 _LINE = 64
-_IN_ORDER = ("x86_64", "AMD64", "i686")
-_LISTEN_POLLS = 8
+_IN_ORDER = ("x86_64", "i686")
+_LISTEN = 8  # rounds, and polls in vain
 
 
 class _Side:
@@ -100,6 +100,8 @@ class Board(Rounds):
             side.said = header
         side.own[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
         side.number[0] = number
+        if number % _LISTEN == 0:
+            self._listen()
         self._wanted = number.to_bytes(_NUMBER_BYTES, "little") * self.size
 
     def poll(self) -> bool:
@@ -108,9 +110,13 @@ class Board(Rounds):
         if numbers.tobytes() == wanted or numbers.tobytes() == wanted:
             return True
         self._idle += 1
-        if self._idle % _LISTEN_POLLS == 0:
-            self._transport.alarms()  # peers may need the library's progress here to get to their round
+        if self._idle % _LISTEN == 0:
+            self._listen()
         return False
+
+    def _listen(self) -> None:
+        """Let the library make progress: it moves messages only inside its calls, and others may wait for some."""
+        self._transport.alarms()
 
     def pending(self) -> set[int]:
         """As in `Rounds`."""
@@ -121,7 +127,8 @@ class Board(Rounds):
         return self._side.signatures.tobytes() == signature * self.size
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Let go of the memory. Nothing may be under way."""
+        super().close()
         self._sides = [_Side(np.zeros(board_bytes(self) // _SIDES, np.uint8), self.rank, self.size, self.stride)]
         self._side = self._sides[0]
-        self._memory = self._side.slots
+        self._memory, self._base = self._side.slots, self._side.base

@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tasp_coll.agreement import Header, Rounds, disagreement
 from tasp_coll.board import Board, board_bytes, place
 from tasp_coll.core import lanes
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
-from tasp_coll.transport.shared import new_file, opened
+from tasp_coll.transport.shared import nameless, opened
 from tasp_coll.work import Once
 
 DEFAULT_TIMEOUT = 600.0
@@ -244,7 +242,7 @@ def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]
 
 @dataclass
 class Meet(_Round):
-    """The operation after which ranks that share memory use it for their rounds. wanted: by this rank."""
+    """The operation after which ranks that all share memory use it for their rounds. wanted: by this rank."""
 
     wanted: bool
     transport: Transport
@@ -259,15 +257,16 @@ class Meet(_Round):
         total, path, memory = board_bytes(self.rounds), "", None
         with ExitStack() as leaving:
             if self.rounds.rank == 0:
-                with suppress(CollectiveError):  # written in full: memory that is only promised may be missing later
-                    path = new_file(np.zeros(total, np.uint8), total)
-                    leaving.callback(os.unlink, path)
+                with suppress(OSError):
+                    descriptor, path = nameless(total)
+                    leaving.callback(os.close, descriptor)
             path = (yield from exchange_texts(self.rounds, path))[0]
             with suppress(OSError, ValueError):
                 memory = opened(path, total) if path else None
             texts = yield from exchange_texts(self.rounds, "" if memory is None else "here")
         if memory is None or "" in texts:
             return self.rounds
+        self.rounds.close()
         return Board(self.transport, memory)
 
 

@@ -64,7 +64,9 @@ class AllGather(Collective):
         views = self._views.get(base)
         if views is None or views[0] != self.out.address:
             target = memory_at(self.out.address, self.core.size * nbytes).reshape(self.core.size, nbytes)
-            views = self._views[base] = self.out.address, target, self.core.rounds.payloads(nbytes)
+            views = self.out.address, target, self.core.rounds.payloads(nbytes)
+            if self._small:  # as it is made again and again; else it may outlive the communicator
+                self._views[base] = views
         _, target, source = views
         target[...] = source
 

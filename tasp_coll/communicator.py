@@ -413,8 +413,8 @@ def _meet(transport: Transport, timeout: float, wishes: bootstrap.Wishes) -> Cor
     hosts = engine.run(bootstrap.Join(rounds, wishes))
     assert found is not None
     native = transport.name == "mpi" and not (wishes.self_heal or wishes.checksums)
-    shares = wishes.shares and transport.name == "mpi" and transport.size > 1 and not wishes.self_heal
-    rounds = engine.run(bootstrap.Meet(rounds, shares, transport))
+    if transport.name == "mpi" and transport.size > 1 and not wishes.self_heal:
+        rounds = engine.run(bootstrap.Meet(rounds, wishes.shares, transport))
     different = len(set(hosts))
     situation = tuning.Situation(found, wishes.given, different, native, shared=different == 1)
     core = Core(transport, found, situation, rounds, engine)

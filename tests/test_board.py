@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tasp_coll import board
 from tasp_coll.agreement import Header, Rounds
 from tasp_coll.board import Board, board_bytes
 from tasp_coll.transport.loopback import LoopbackTransport, LoopbackWorld
-from tasp_coll.transport.shared import new_file, opened
+from tasp_coll.transport.shared import nameless, opened
 
 
 def boards(size: int) -> list[Board]:
@@ -90,33 +89,45 @@ def test_whoever_waits_lets_the_library_move_on(monkeypatch: pytest.MonkeyPatch)
     assert len(looks) >= 10
 
 
-def test_memory_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasp_coll.transport.shared.DIRECTORY", str(tmp_path))
+def test_whoever_never_waits_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = boards(2)
+    looks: list[None] = []
+    monkeypatch.setattr(second._transport, "alarms", lambda: looks.append(None))
+    for number in range(100):
+        for each in (first, second):
+            each.post(header(number).packed())
+        assert second.poll()
+        assert first.poll()
+    assert len(looks) >= 10
+
+
+def mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("/memfd:tasp_coll")
+
+
+def test_memory_is_let_go() -> None:
     transport = LoopbackTransport(LoopbackWorld(1), 0)
-    total = board_bytes(Rounds(transport))
-    path = new_file(np.zeros(0, np.uint8), total)
+    total, before = board_bytes(Rounds(transport)), mapped()
+    descriptor, path = nameless(total)
     held = Board(transport, opened(path, total))
-    os.unlink(path)
+    os.close(descriptor)
     held.post(header(1).packed(), b"abc")
     assert held.poll()
     assert held.payloads(3).tobytes() == b"abc"
-    assert any(path in line for line in Path("/proc/self/maps").read_text().splitlines())
+    assert mapped() > before
     held.close()
-    assert not any(path in line for line in Path("/proc/self/maps").read_text().splitlines())
+    assert mapped() == before
 
 
-def test_nothing_is_left_where_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasp_coll.transport.shared.DIRECTORY", str(tmp_path))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+def test_nothing_is_left_where_there_is_no_room() -> None:
+    before, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(tasp_coll.CollectiveError, match="cannot be written"):
-            new_file(np.zeros(5000, np.uint8), 5000)
+        with pytest.raises(OSError, match="File too large"):
+            nameless(1 << 21)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, kept)
-    assert not list(tmp_path.iterdir())
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_where_there_can_be_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,19 +38,19 @@ def machine() -> str:
         return f"{os.uname().nodename}, process {os.getpid()} ({error})"
 
 
-def new_file(content: np.ndarray[Any, Any], total: int) -> str:
-    """The path of memory of so many bytes, which begins with `content`. To be removed when all have opened it."""
-    path = ""
+def nameless(total: int) -> tuple[int, str]:
+    """So many bytes of memory, zeros: a descriptor, and by which path others open it while this one is open.
+
+    It has no name that could be left behind, and all of it is there from the start: where there is none, OSError says
+    so now, and no signal later.
+    """
+    descriptor = os.memfd_create("tasp_coll")
     try:
-        descriptor, path = tempfile.mkstemp(prefix="tasp_coll-", dir=DIRECTORY)
-        with open(descriptor, "r+b") as file:
-            file.truncate(total)
-            file.write(content.tobytes())
-    except OSError as error:
-        if path:
-            os.unlink(path)
-        raise CollectiveError(f"ranks of one host meet in {DIRECTORY}, which cannot be written ({error})") from error
-    return path
+        os.posix_fallocate(descriptor, 0, total)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def opened(path: str, total: int) -> np.ndarray[Any, Any]:
@@ -82,7 +82,16 @@ class Shared:
     def create(size: int, slots: int, value: int) -> str:
         """The path of such memory for `size` ranks, all flags `value`. To be removed when all have opened it."""
         flags, _, total = _extents(size, slots)
-        return new_file(np.full(flags // 4, value, np.uint32), total)
+        try:
+            descriptor, path = tempfile.mkstemp(prefix="tasp_coll-", dir=DIRECTORY)
+        except OSError as error:
+            raise CollectiveError(
+                f"ranks of one host meet in {DIRECTORY}, which cannot be written ({error})"
+            ) from error
+        with open(descriptor, "r+b") as file:
+            file.truncate(total)
+            file.write(np.full(flags // 4, value, np.uint32).tobytes())
+        return path
 
     def offset(self, slot: int, src: int, dst: int) -> int:
         """Bytes from `address` to a flag."""
