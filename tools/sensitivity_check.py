@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import islice
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,9 @@ def check(options: Options) -> list[str]:
         raise ValueError(f"--images and --batches need {least} images, and there are {images}")
     seen: list[Seen] = []
     told = []
-    for _, of_seeds in groupby(_trainings(options), key=lambda found: found[0].model):
+    trainings = _trainings(options)
+    for _ in options.model:
+        of_seeds = islice(trainings, len(options.seeds))
         for late, moments in enumerate(zip(*of_seeds, strict=True)):
             seen.append(Seen(moments))
             report(seen[-1])
