@@ -369,7 +369,7 @@ def test_hosts_share_no_memory(mpi: None) -> None:
     asked = "import tasp_coll as t; c = t.Communicator(); print(type(c._core.rounds).__name__)"
     ended = call("run", *new("full_mesh:3"), "--", "python", "-c", asked)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split() == ["Rounds"] * 3
+    assert "".join(ended.stdout.split()) == 3 * "Rounds"  # lines of several ranks may run into each other
 
 
 def test_gloo_finds_its_way_between_hosts(mpi: None, tmp_path: Path) -> None:
