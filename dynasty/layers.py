@@ -23,9 +23,7 @@ from dynasty.tiles import Block
 # are not 0) and the square of a value; of gradients also the peak times the mean magnitude; of activations and weights
 # the squared gradient that an element saw, which is what an error there does to the loss.
 STATISTICS = ("x_peak", "x_square", "x_slope", "w_slope", "g_peak", "g_square", "g_mean")
-
-
-_HASTE = 12
+_HASTE = 12  # how soon the first observations are forgotten
 
 
 def _part(batch: int) -> int:

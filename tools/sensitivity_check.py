@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from itertools import islice
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import sensitivity_options
@@ -54,18 +51,15 @@ def check(options: Options) -> list[str]:
 def _trainings(options: Options) -> Iterator[list[Moment]]:
     """Each model's for each seed, in this order, as they finish."""
     import sensitivity_run
-    from train_dynasty_run import leave_with
+    from train_dynasty_run import workers
 
     tasks = [(name, seed) for name in options.model for seed in options.seeds]
     if options.jobs == 1:
         yield from (sensitivity_run.moments(options, *task) for task in tasks)
         return
-    pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=leave_with, initargs=(os.getpid(),))
-    try:
+    with workers(options.jobs) as pool:
         futures = [pool.submit(sensitivity_run.moments, options, *task) for task in tasks]
         yield from (future.result() for future in futures)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def report(seen: Seen) -> None:

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from perf_launch import agree, can_write, check_outputs, check_world, communicator, launch
@@ -63,16 +62,11 @@ def _outcomes(
         for task in tasks:
             yield train_dynasty_run.run(options, task, data, ranks, report.step)
         return
-    pool = ProcessPoolExecutor(
-        options.jobs, get_context("spawn"), initializer=train_dynasty_run.leave_with, initargs=(os.getpid(),)
-    )
-    try:
+    with train_dynasty_run.workers(options.jobs) as pool:
         for future in as_completed([pool.submit(train_dynasty_run.run_alone, options, task) for task in tasks]):
             outcome = future.result()
             report.steps(outcome.steps)
             yield outcome
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

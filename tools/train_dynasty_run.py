@@ -6,7 +6,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -37,6 +40,16 @@ def run(
     """Train and test; the same outcome on all ranks. told: is called with the loss after each step."""
     torch.set_num_threads(options.threads)
     return _Training(options, task, data, ranks).run(told)
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of their own, which begin nothing new once the block is left."""
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=leave_with, initargs=(os.getpid(),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def leave_with(parent: int) -> None:
