@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -10,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasp_coll.agreement import Rounds
 from tasp_coll.device import Device
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 SLOTS = 8  # lanes are numbered lane * SLOTS + slot: slot 0 for calls, the others for streams of steps
 _PLANS = 64
 _ADDRESSES = 8
+_MAPPED_BYTES, _HUGE_BYTES = 1 << 16, 1 << 22
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -95,8 +99,26 @@ class Arena:
         """Where at least so many bytes are. What was handed out before is void once this has grown."""
         if nbytes > len(self.memory):
             self.memory = np.empty(0, np.uint8)  # first give back what there is
-            self.memory = np.empty(nbytes, np.uint8)
+            self.memory = _memory(nbytes)
         return int(self.memory.ctypes.data)
+
+
+def _memory(nbytes: int) -> NDArray[np.uint8]:
+    """So many bytes; if they are many, pages of their own.
+
+    Staging comes and goes with plans, in whichever thread: from the allocator, what is given back between smaller
+    things would stay with the process.
+    """
+    if nbytes < _MAPPED_BYTES:
+        return np.empty(nbytes, np.uint8)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes of staging: {error}") from error
+    if nbytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # as NumPy asks for, where the system knows them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
 
 
 class Compiled:
