@@ -46,6 +46,10 @@ def test_growth_is_seen() -> None:
     opens = [replace(each, descriptors=20 + each.calls // 10_000) for each in flat]
     assert [drift.what for drift in drifts(leaks) if not drift.flat] == ["rss_bytes"]
     assert [drift.what for drift in drifts(opens) if not drift.flat] == ["descriptors"]
+    step = [replace(each, rss_bytes=each.rss_bytes + (8 << 20) * (each.calls > 42_000)) for each in flat]
+    assert all(drift.flat for drift in drifts(step)), "an allocator's, not a leak"
+    lost = [replace(each, descriptors=20 + (each.calls > 42_000)) for each in flat]
+    assert [drift.what for drift in drifts(lost) if not drift.flat] == ["descriptors"]
     assert not drifts([each for each in flat if each.calls < JUDGED_CALLS]), "too short to tell"
 
 

@@ -212,14 +212,16 @@ class _Report:
             self._say(f"# fewer than {JUDGED_CALLS} calls: nothing is said about growth")
             return
         self._say(
-            f"{'rank':>4} {'what':<12} {'half-way':>12} {'end':>12} {'per 1000 calls':>15} {'rise':>10} {'+-':>9}"
+            f"{'rank':>4} {'what':<12} {'half-way':>12} {'end':>12} {'per 1000 calls':>15} {'rise':>10} {'+-':>9} "
+            f"{'later':>10} {'+-':>9}"
         )
         for rank, mine in enumerate(found):
             for drift in mine:
                 verdict = "" if drift.flat else "  GROWS"
                 self._say(
                     f"{rank:>4} {drift.what:<12} {drift.first:>12.0f} {drift.last:>12.0f} "
-                    f"{1000 * drift.slope:>15.2f} {drift.rise:>10.1f} {drift.uncertain:>9.1f}{verdict}"
+                    f"{1000 * drift.slope:>15.2f} {drift.rise:>10.1f} {drift.uncertain:>9.1f} "
+                    f"{drift.later_rise:>10.1f} {drift.later_uncertain:>9.1f}{verdict}"
                 )
 
     def _write(self, samples: Sequence[Sequence[Sample]], found: Sequence[Sequence[Drift]], faults: int) -> None:
@@ -273,7 +275,8 @@ what is drawn
 
 what is judged
   Every element. From {JUDGED_CALLS} calls on also whether resident memory, descriptors, threads or prepared MPI
-  requests rise over the second half of the run, beyond twice the standard error of the line through it (+-).
+  requests rise over the second half of the run, beyond twice the standard error of the line through it (+-), and
+  memory over the last quarter too (later): an allocator that comes to need more makes a step, a leak goes on.
 
 exit status
   0 all is well; 1 an element is wrong, a call failed, or something grows; 2 the command line

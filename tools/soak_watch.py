@@ -19,6 +19,7 @@ JUDGED_CALLS = 20_000  # fewer say nothing about memory: caches are still fillin
 # How much the fitted line may rise over the second half of a run, beyond its own uncertainty: noise of the allocator,
 # and of caches that are full.
 _ALLOWED = {"rss_bytes": 2 << 20, "descriptors": 0.5, "threads": 0.5, "requests": 200.0}
+_SETTLES = "rss_bytes"  # after a step, as where an allocator came to need more
 
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc's
@@ -57,7 +58,7 @@ def sample(calls: int, seconds: float) -> Sample:
 
 @dataclass(frozen=True)
 class Drift:
-    """A line through the second half of a rank's samples."""
+    """A line through the second half of a rank's samples, and one through the last quarter."""
 
     what: str
     first: float
@@ -65,6 +66,8 @@ class Drift:
     slope: float  # per call
     rise: float  # over the second half
     uncertain: float  # twice the standard error of that
+    later_rise: float  # over the last quarter
+    later_uncertain: float
     flat: bool
 
     def record(self) -> dict[str, Any]:
@@ -73,22 +76,31 @@ class Drift:
 
 
 def drifts(samples: Sequence[Sample]) -> list[Drift]:
-    """Whether anything grew over the second half; nothing where that is too short to tell.
+    """Whether anything grew over the second half; of memory, also whether it went on over the last quarter.
 
-    The last sample, after all communicators were closed, is for people.
+    Nothing where a run is too short to tell. The last sample, after all communicators were closed, is for people.
     """
     late = samples[len(samples) // 2 : -1]
-    if len(late) < 3 or samples[-1].calls - samples[0].calls < JUDGED_CALLS:
+    if len(late) < 6 or samples[-1].calls - samples[0].calls < JUDGED_CALLS:
         return []
-    calls = np.array([each.calls for each in late], float)
-    found = []
-    for what, allowed in _ALLOWED.items():
-        values = np.array([getattr(each, what) for each in late], float)
-        slope, error = _line(calls, values)
-        span = float(calls[-1] - calls[0])
-        rise, uncertain = slope * span, 2 * error * span
-        found.append(Drift(what, values[0], values[-1], slope, rise, uncertain, rise - uncertain <= allowed))
-    return found
+    return [_drift(late, what, allowed) for what, allowed in _ALLOWED.items()]
+
+
+def _drift(late: Sequence[Sample], what: str, allowed: float) -> Drift:
+    last = late[len(late) // 2 :]
+    slope, rise, uncertain = _rise(late, what)
+    _, later, unsure = _rise(last, what)
+    settled = what == _SETTLES and later - unsure <= allowed / 2  # as a steady leak of half the calls leaves half
+    flat = rise - uncertain <= allowed or settled
+    return Drift(what, getattr(late[0], what), getattr(late[-1], what), slope, rise, uncertain, later, unsure, flat)
+
+
+def _rise(samples: Sequence[Sample], what: str) -> tuple[float, float, float]:
+    """Of the line through them: the slope, how far it rises, and twice the standard error of that."""
+    calls = np.array([each.calls for each in samples], float)
+    slope, error = _line(calls, np.array([getattr(each, what) for each in samples], float))
+    span = float(calls[-1] - calls[0])
+    return slope, slope * span, 2 * error * span
 
 
 def _line(calls: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, float]:
