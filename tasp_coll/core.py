@@ -6,10 +6,11 @@ import contextlib
 import math
 import mmap
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,8 +93,11 @@ class Cache(Generic[K, V]):
 class Arena:
     """Staging memory, as large as the largest request so far."""
 
+    _alive: ClassVar[weakref.WeakSet[Arena]] = weakref.WeakSet()
+
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
+        self._alive.add(self)
 
     def address(self, nbytes: int) -> int:
         """Where at least so many bytes are. What was handed out before is void once this has grown."""
@@ -101,6 +105,11 @@ class Arena:
             self.memory = np.empty(0, np.uint8)  # first give back what there is
             self.memory = _memory(nbytes)
         return int(self.memory.ctypes.data)
+
+    @classmethod
+    def all_bytes(cls) -> int:
+        """What this process holds for staging, of all communicators."""
+        return sum(len(arena.memory) for arena in list(cls._alive))
 
 
 def _memory(nbytes: int) -> NDArray[np.uint8]:

@@ -35,8 +35,10 @@ def test_what_is_dropped_goes_back_to_the_system():
         arena.memory[:] = 1
         between.append(np.ones(100))  # small things between would keep the allocator's memory here
     assert _resident() - before >= 60 * _MANY
+    held = Arena.all_bytes()
     del arena, arenas
     assert _resident() - before < 8 * _MANY
+    assert held - Arena.all_bytes() == 64 * _MANY
 
 
 def test_memory_that_is_not_there():

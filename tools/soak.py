@@ -274,9 +274,10 @@ what is drawn
   and closed every {_ERA} calls. Call number N of a seed is always the same.
 
 what is judged
-  Every element. From {JUDGED_CALLS} calls on also whether resident memory, descriptors, threads or prepared MPI
-  requests rise over the second half of the run, beyond twice the standard error of the line through it (+-), and
-  memory over the last quarter too (later): an allocator that comes to need more makes a step, a leak goes on.
+  Every element. From {JUDGED_CALLS} calls on also whether resident memory less staging (rest_bytes: staging is that of
+  the plans used last, at most 64 of a communicator), descriptors, threads or prepared MPI requests rise over the
+  second half of the run, beyond twice the standard error of the line through it (+-), and memory over the last quarter
+  too (later): an allocator that comes to need more makes a step, a leak goes on.
 
 exit status
   0 all is well; 1 an element is wrong, a call failed, or something grows; 2 the command line
