@@ -17,7 +17,7 @@ from perf_report import write_json
 from soak_calls import Call, draw
 from soak_plot import plot
 from soak_run import Runner
-from soak_watch import JUDGED_CALLS, Drift, Sample, drifts, sample
+from soak_watch import JUDGED_CALLS, Drift, Sample, drifts, sample, steady
 from tasp_coll import checksums
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class _Pool:
 def _soak(world: MPI.Intracomm, options: Options) -> int:
     check_world(world)
     check_outputs(world, {"--json": options.json, "--plot": options.plot})
+    steady()
     report = _Report(world, options)
     pool = _Pool(world, options)
     begun, samples, faults, number = time.perf_counter(), [], 0, options.first

@@ -23,7 +23,17 @@ _ALLOWED = {"rest_bytes": 2 << 20, "descriptors": 0.5, "threads": 0.5, "requests
 _SETTLES = "rest_bytes"  # after a step, as where an allocator came to need more
 
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc's
+_libc = ctypes.CDLL(None)
+_trim = getattr(_libc, "malloc_trim", lambda pad: 0)  # glibc's, as what follows
+_set = getattr(_libc, "mallopt", lambda what, value: 0)
+_ARENA_MAX, _MMAP_THRESHOLD = -8, -3
+
+
+def steady() -> None:
+    """Let the allocator give back what is freed: `_trim` leaves out the tops of threads' arenas, and what is large
+    would stay once its threshold has grown. To be called before there are threads."""
+    _set(_ARENA_MAX, 1)
+    _set(_MMAP_THRESHOLD, 128 << 10)
 
 
 @dataclass(frozen=True)
