@@ -99,7 +99,7 @@ def drifts(samples: Sequence[Sample]) -> list[Drift]:
     Nothing where a run is too short to tell. The last sample, after all communicators were closed, is for people.
     """
     late = samples[len(samples) // 2 : -1]
-    if len(late) < 6 or samples[-1].calls - samples[0].calls < JUDGED_CALLS:
+    if len(late) < 3 or samples[-1].calls - samples[0].calls < JUDGED_CALLS:
         return []
     return [_drift(late, what, allowed) for what, allowed in _ALLOWED.items()]
 
