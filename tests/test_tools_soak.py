@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,9 @@ import numpy as np
 import pytest
 
 from soak_calls import FORMS, KINDS, STREAM_FORMS, Numbers, draw
-from soak_watch import JUDGED_CALLS, Sample, drifts
+from soak_watch import JUDGED_CALLS, REGISTRATIONS, Sample, drifts
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_call_is_known_by_its_number() -> None:
@@ -51,6 +56,19 @@ def test_growth_is_seen() -> None:
     lost = [replace(each, descriptors=20 + (each.calls > 42_000)) for each in flat]
     assert [drift.what for drift in drifts(lost) if not drift.flat] == ["descriptors"]
     assert not drifts([each for each in flat if each.calls < JUDGED_CALLS]), "too short to tell"
+
+
+def test_settings_come_before_mpi() -> None:
+    """UCX reads its own when MPI begins, which is when mpi4py is first imported."""
+    script = (
+        "import sys, soak, soak_watch as w, os; w.steady(); print('mpi4py' in sys.modules, os.environ[w.REGISTRATIONS])"
+    )
+    for given, seen in (("", "n"), ("y", "y")):
+        env = {**os.environ, "PYTHONPATH": "tools:.", **({REGISTRATIONS: given} if given else {})}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.split() == ["False", seen], done.stderr
 
 
 @pytest.mark.parametrize("checksums, calls", [("0", 220), ("1", 40)])

@@ -17,7 +17,7 @@ from perf_report import write_json
 from soak_calls import Call, draw
 from soak_plot import plot
 from soak_run import Runner
-from soak_watch import JUDGED_CALLS, Drift, Sample, drifts, sample, steady
+from soak_watch import JUDGED_CALLS, REGISTRATIONS, Drift, Sample, drifts, sample, steady
 from tasp_coll import checksums
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run, and leave with an exit status, the same on all ranks. argv: None for the process's own."""
+    steady()
     launch(TOOL, lambda quiet: parse(argv, quiet=quiet), _soak)
 
 
@@ -114,7 +115,6 @@ class _Pool:
 def _soak(world: MPI.Intracomm, options: Options) -> int:
     check_world(world)
     check_outputs(world, {"--json": options.json, "--plot": options.plot})
-    steady()
     report = _Report(world, options)
     pool = _Pool(world, options)
     begun, samples, faults, number = time.perf_counter(), [], 0, options.first
@@ -279,6 +279,9 @@ what is judged
   the plans used last, at most 64 of a communicator), descriptors, threads or prepared MPI requests rise over the
   second half of the run, beyond twice the standard error of the line through it (+-), and memory over the last quarter
   too (later): an allocator that comes to need more makes a step, a leak goes on.
+  {REGISTRATIONS}=n is set, unless you set it: UCX, which carries the messages of PyPI's MPICH, otherwise remembers
+  every address that it was given, some 100 bytes of each call where arrays are always new ones, and never lets go.
+  Without RDMA there is nothing in that cache, so you may want it off in your own long runs too.
 
 exit status
   0 all is well; 1 an element is wrong, a call failed, or something grows; 2 the command line

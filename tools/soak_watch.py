@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasp_coll.core import Arena
-from tasp_coll.transport.mpi import requests_alive
 
 JUDGED_CALLS = 20_000  # fewer say nothing about memory: caches are still filling
 # How much the fitted line may rise over the second half of a run, beyond its own uncertainty: noise of the allocator,
 # and of caches that are full.
 _ALLOWED = {"rest_bytes": 2 << 20, "descriptors": 0.5, "threads": 0.5, "requests": 200.0}
+REGISTRATIONS = "UCX_RCACHE_ENABLE"  # the environment variable
 _SETTLES = "rest_bytes"  # after a step, as where an allocator came to need more
 
 
@@ -30,8 +30,13 @@ _ARENA_MAX, _MMAP_THRESHOLD = -8, -3
 
 
 def steady() -> None:
-    """Let the allocator give back what is freed: `_trim` leaves out the tops of threads' arenas, and what is large
-    would stay once its threshold has grown. To be called before there are threads."""
+    """Keep what libraries hoard from looking like a leak of ours. To be called before MPI begins, and threads.
+
+    The allocator shall give back what is freed: `_trim` leaves out the tops of threads' arenas, and what is large would
+    stay once its threshold has grown. UCX, which carries the messages of PyPI's MPICH, remembers every address that it
+    was given, without end, unless told not to.
+    """
+    os.environ.setdefault(REGISTRATIONS, "n")
     _set(_ARENA_MAX, 1)
     _set(_MMAP_THRESHOLD, 128 << 10)
 
@@ -60,6 +65,8 @@ class Sample:
 
 def sample(calls: int, seconds: float) -> Sample:
     """This process now, less what the allocator keeps for later."""
+    from tasp_coll.transport.mpi import requests_alive
+
     gc.collect()
     _trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
