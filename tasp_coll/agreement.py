@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from tasp_coll.errors import MismatchError, name_ranks
 from tasp_coll.transport import Batch, Op, Transport
 
+SIGNATURE_BYTES = 16
 HEADER_BYTES = 64  # one cache line, so that payloads are aligned
 NOT_INLINE = -1
 CONTROL_LANE = 0  # where no data travels
-_LAYOUT = struct.Struct("<16sqqqq")
+_LAYOUT = struct.Struct(f"<{SIGNATURE_BYTES}sqqqq")
 _PREPARED = 32
 
 
@@ -59,7 +60,7 @@ class Rounds:
         self._memory = np.zeros((self.size, self.stride), np.uint8)
         self._base = self._memory.ctypes.data
         self._own = self._base + self.rank * self.stride
-        self._signatures = self._memory[:, :16]
+        self._signatures = self._memory[:, :SIGNATURE_BYTES]
         self._header = self._memory[self.rank].data[: _LAYOUT.size]
         self._peers = [peer for peer in range(self.size) if peer != self.rank]
         self._prepared: dict[int, tuple[Batch, memoryview]] = {}
@@ -98,11 +99,6 @@ class Rounds:
     def headers(self) -> list[Header]:
         """What each rank sent."""
         return [self.header(rank) for rank in range(self.size)]
-
-    @property
-    def base(self) -> int:
-        """Address of what this round brought."""
-        return self._base
 
     def payload(self, rank: int) -> int:
         """Address of the payload that `rank` sent, valid until the next round."""

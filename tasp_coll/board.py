@@ -14,14 +14,14 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from tasp_coll.agreement import HEADER_BYTES, Rounds
+from tasp_coll.agreement import HEADER_BYTES, SIGNATURE_BYTES, Rounds
 from tasp_coll.errors import ArgumentError
 from tasp_coll.transport import Transport
 from tasp_coll.transport.shared import machine
 
 ENVIRONMENT = "TASP_COLL_SHARED_MEMORY"
 _SIDES = 2
-_NUMBER_BYTES, _SIGNATURE_BYTES = 8, 16
+_NUMBER_BYTES = 8
 _LINE = 64
 _IN_ORDER = ("x86_64", "i686")
 _LISTEN = 8  # rounds, and polls in vain
@@ -37,9 +37,9 @@ class _Side:
         numbers, signatures = memory[: _NUMBER_BYTES * size], memory[_lines(_NUMBER_BYTES * size) :]
         self.slots = memory[-size * stride :].reshape(size, stride)
         self.base = int(self.slots.ctypes.data)
-        self.numbers, self.signatures = numbers.data, signatures[: _SIGNATURE_BYTES * size].data
+        self.numbers, self.signatures = numbers.data, signatures[: SIGNATURE_BYTES * size].data
         self.number = numbers[_NUMBER_BYTES * rank :][:_NUMBER_BYTES].data.cast("q")
-        self.signature = self.signatures[_SIGNATURE_BYTES * rank :][:_SIGNATURE_BYTES]
+        self.signature = self.signatures[SIGNATURE_BYTES * rank :][:SIGNATURE_BYTES]
         self.own = self.slots[rank].data
         self.said = b""  # this rank's header that is there
 
@@ -71,7 +71,7 @@ def board_bytes(rounds: Rounds) -> int:
 
 
 def _side_bytes(size: int, stride: int) -> int:
-    return _lines(_NUMBER_BYTES * size) + _lines(_SIGNATURE_BYTES * size) + size * stride
+    return _lines(_NUMBER_BYTES * size) + _lines(SIGNATURE_BYTES * size) + size * stride
 
 
 def _lines(nbytes: int) -> int:
@@ -96,7 +96,7 @@ class Board(Rounds):
         self._side = side = self._sides[number % _SIDES]
         self._memory, self._base = side.slots, side.base
         if header is not side.said:  # as in a call repeated
-            side.own[: len(header)], side.signature[:] = header, header[:_SIGNATURE_BYTES]
+            side.own[: len(header)], side.signature[:] = header, header[:SIGNATURE_BYTES]
             side.said = header
         side.own[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
         side.number[0] = number

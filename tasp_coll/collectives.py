@@ -60,13 +60,13 @@ class AllGather(Collective):
         nbytes = self.send.nbytes
         if not nbytes:
             return
-        base = self.core.rounds.base
-        views = self._views.get(base)
+        place = self.core.rounds.payload(0)
+        views = self._views.get(place)
         if views is None or views[0] != self.out.address:
             target = memory_at(self.out.address, self.core.size * nbytes).reshape(self.core.size, nbytes)
             views = self.out.address, target, self.core.rounds.payloads(nbytes)
             if self._small:  # as it is made again and again; else it may outlive the communicator
-                self._views[base] = views
+                self._views[place] = views
         _, target, source = views
         target[...] = source
 
