@@ -29,6 +29,8 @@ from tasp_coll.reduction import Reduction, reduction
 from tasp_coll.schedule import Schedule, cut, uniform_weights
 from tasp_coll.transport import NativeRequest
 
+_LARGE = 4 << 20  # bytes from which on NumPy asks for large pages
+
 
 class AllGather(Collective):
     """Shards of one shape, rank-major."""
@@ -53,7 +55,7 @@ class AllGather(Collective):
 
     def bases(self) -> Sequence[dict[str, int]]:
         assert self.out is not None
-        return ({"send": self.send.address, "recv": self.out.address},)
+        return ({"send": self._home() if self.own_first() else self.send.address, "recv": self.out.address},)
 
     def unpack(self) -> None:
         assert self.out is not None
@@ -71,9 +73,20 @@ class AllGather(Collective):
         target[...] = source
 
     def own(self) -> list[tuple[int, int, int]]:
-        assert self.out is not None
-        place = self.out.address + sum(self.sizes()[: self.core.rank])
+        place = self._home()
         return [(place, self.send.address, self.send.nbytes)] if place != self.send.address else []
+
+    def own_first(self) -> bool:
+        """Where others read this rank's shard in its memory, and the result has large pages, as is likely from a size
+        on: looking up small ones takes half of the time. One that has its own, and one reader, may stay where it is."""
+        direct = self.chosen is not None and self.chosen.algorithm == "direct" and self.core.situation.shared
+        paged = sum(self.sizes()) >= _LARGE and (self.core.size > 2 or self.send.nbytes < _LARGE)
+        return direct and paged and self.gpu is None
+
+    def _home(self) -> int:
+        """Address of this rank's shard in the result."""
+        assert self.out is not None
+        return self.out.address + sum(self.sizes()[: self.core.rank])
 
     def native(self) -> NativeRequest:
         assert self.out is not None

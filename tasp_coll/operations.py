@@ -113,8 +113,15 @@ class Collective:
         raise NotImplementedError
 
     def own(self) -> list[tuple[int, int, int]]:
-        """What this rank copies for itself, (to, from, bytes), last: messages want its core and caches first."""
+        """What this rank copies for itself, (to, from, bytes)."""
         return []
+
+    def own_first(self) -> bool:
+        """Whether that is copied before there are messages, which are then sent from the copy, as `bases` has it.
+
+        Else it comes last: messages want the core and its caches first.
+        """
+        return False
 
     def native(self) -> NativeRequest:
         """For the library's own collective."""
@@ -349,15 +356,21 @@ class Collective:
     def _run_programs(self, compiled: Compiled) -> Steps:
         self.phase = _MOVING
         faults: list[tuple[int, ...]] = []
+        if early := self.own_first():
+            self._copy_own()
         for index, bases in enumerate(self.bases()):
             self.flow = Flow(compiled.exchange(index, bases))
             while not self.flow.done:
                 yield self.flow.poll()
             faults += [(index, *fault) for fault in self.flow.exchange.faults]
-        for dst, src, nbytes in self.own():
-            ctypes.memmove(dst, src, nbytes)
+        if not early:
+            self._copy_own()
         if self.core.checksums:
             yield from self._compare(faults)
+
+    def _copy_own(self) -> None:
+        for dst, src, nbytes in self.own():
+            ctypes.memmove(dst, src, nbytes)
 
     def _compare(self, faults: Sequence[tuple[int, ...]]) -> Steps:
         """After all data has moved: all go on, or all raise what one of them found."""

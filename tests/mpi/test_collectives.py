@@ -43,6 +43,23 @@ def uneven(comm: tasp_coll.Communicator, rows: int) -> list[int]:
     return [rows * (2 * rank % 3) + rank if rank or comm.size == 1 else 0 for rank in range(comm.size)]
 
 
+def test_own_shard_is_sent_from_the_result(comm: tasp_coll.Communicator) -> None:
+    """Where others read it there faster: results of 4 MiB and more."""
+    rows = 140_001
+    send, recv = shard(comm.rank, rows), np.full((comm.size * rows, 2), -99.0)
+    before, expected = send.copy(), everything(comm, rows).reshape(-1, 2)
+    for _ in range(2):
+        recv[...] = -99
+        assert comm.decomposed_allgather(send, recv, algorithm="direct") is recv
+        assert np.array_equal(recv, expected)
+    recv[...] = -99
+    comm.decomposed_allgather(send, recv, algorithm="direct", async_op=True).wait()
+    assert np.array_equal(recv, expected) and np.array_equal(send, before)
+    counts = uneven(comm, rows)
+    out = comm.decomposed_allgatherv(shard(comm.rank, counts[comm.rank]), algorithm="direct")
+    assert np.array_equal(out, np.concatenate([shard(rank, n) for rank, n in enumerate(counts)]))
+
+
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_allgather(comm: tasp_coll.Communicator, algorithm: str, rows: int) -> None:
