@@ -54,7 +54,8 @@ def test_own_shard_is_sent_from_the_result(comm: tasp_coll.Communicator) -> None
         assert np.array_equal(recv, expected)
     recv[...] = -99
     comm.decomposed_allgather(send, recv, algorithm="direct", async_op=True).wait()
-    assert np.array_equal(recv, expected) and np.array_equal(send, before)
+    assert np.array_equal(recv, expected)
+    assert np.array_equal(send, before)
     counts = uneven(comm, rows)
     out = comm.decomposed_allgatherv(shard(comm.rank, counts[comm.rank]), algorithm="direct")
     assert np.array_equal(out, np.concatenate([shard(rank, n) for rank, n in enumerate(counts)]))
