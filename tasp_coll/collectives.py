@@ -78,10 +78,9 @@ class AllGather(Collective):
 
     def own_first(self) -> bool:
         """Where others read this rank's shard in its memory, and the result has large pages, as is likely from a size
-        on: looking up small ones takes half of the time. One that has its own, and one reader, may stay where it is."""
+        on: looking up small ones takes half of the time."""
         direct = self.chosen is not None and self.chosen.algorithm == "direct" and self.core.situation.shared
-        paged = sum(self.sizes()) >= _LARGE and (self.core.size > 2 or self.send.nbytes < _LARGE)
-        return direct and paged and self.gpu is None
+        return direct and self.gpu is None and self.core.size > 1 and sum(self.sizes()) >= _LARGE
 
     def _home(self) -> int:
         """Address of this rank's shard in the result."""
