@@ -64,7 +64,9 @@ def test_settings_come_before_mpi() -> None:
         "import sys, soak, soak_watch as w, os; w.steady(); print('mpi4py' in sys.modules, os.environ[w.REGISTRATIONS])"
     )
     for given, seen in (("", "n"), ("y", "y")):
-        env = {**os.environ, "PYTHONPATH": "tools:.", **({REGISTRATIONS: given} if given else {})}
+        env = {**os.environ, "PYTHONPATH": "tools:.", REGISTRATIONS: given}
+        if not given:
+            del env[REGISTRATIONS]
         done = subprocess.run(
             [sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60
         )

@@ -19,7 +19,6 @@ JUDGED_CALLS = 20_000  # fewer say nothing about memory: caches are still fillin
 # How much the fitted line may rise over the second half of a run, beyond its own uncertainty: noise of the allocator,
 # and of caches that are full.
 _ALLOWED = {"rest_bytes": 2 << 20, "descriptors": 0.5, "threads": 0.5, "requests": 200.0}
-REGISTRATIONS = "UCX_RCACHE_ENABLE"  # the environment variable
 _SETTLES = "rest_bytes"  # after a step, as where an allocator came to need more
 
 
@@ -27,6 +26,7 @@ _libc = ctypes.CDLL(None)
 _trim = getattr(_libc, "malloc_trim", lambda pad: 0)  # glibc's, as what follows
 _set = getattr(_libc, "mallopt", lambda what, value: 0)
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3
+REGISTRATIONS = "UCX_RCACHE_ENABLE"  # the environment variable
 
 
 def steady() -> None:
