@@ -22,7 +22,8 @@ class Config:
         >= 1, at most 16 (all blocks at 2 bits).
     widths: that blocks may have, rising; 0 lets a block be dropped.
     refresh, warmup: steps between new maps, and before the first. observe: steps before a refresh whose statistics are
-        taken. decay: of their running means, from an observation to the next; at first they forget faster.
+        taken. decay: of their running means, of fourth roots, from an observation to the next; at first they forget
+        faster.
     hysteresis: the share of its price that a block must save to change its width.
     turnover: the share of blocks that may change their width at a refresh, after the first map and while training goes
         well: those that gain most; at least one block.

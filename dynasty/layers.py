@@ -26,6 +26,10 @@ STATISTICS = ("x_peak", "x_square", "x_slope", "w_slope", "g_peak", "g_square", 
 _HASTE = 12  # how soon the first observations are forgotten
 
 
+def _root(squares: Tensor) -> Tensor:
+    return squares.sqrt().sqrt()
+
+
 def _part(batch: int) -> int:
     """How much of a batch is enough for the statistics of a gradient that nothing else wants."""
     return -(-batch // 4)
@@ -195,7 +199,8 @@ class Quantizing(nn.Module):
         # Weights grow as the _HASTE-th power of the observation's number (Shamir and Zhang 2013): what is remembered is
         # a part of the training so far, in whose beginning slopes change by orders of magnitude in a few steps.
         weight = max(1 - self.config.decay, (_HASTE + 1) / (int(self.seen) + 1 + _HASTE))
-        held.lerp_(found.to(held.dtype), weight)
+        # Of fourth roots: gradients of a single step stand out by factors of ten, and would drown those of all others.
+        held.copy_(_root(held).lerp(_root(found.to(held.dtype)), weight).square().square())
 
     def _beside(self, bias: Tensor, out: Tensor) -> Tensor:
         return bias

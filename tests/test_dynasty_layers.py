@@ -244,6 +244,17 @@ def test_the_first_layers_slope_comes_from_a_part_of_the_batch() -> None:
     assert slopes[0] == pytest.approx(slopes[1], rel=0.1)
 
 
+def test_a_step_that_stands_out_does_not_drown_the_others() -> None:
+    """Running means are of fourth roots."""
+    layer: Any = dynasty.convert(nn.Sequential(nn.Linear(16, 16)), Config(decay=0.5))[0]
+    layer.seen.fill_(1000)
+    layer.x_slope.fill_(1)
+    layer._note("x_slope", torch.full((1, 1), 81.0))
+    assert float(layer.x_slope) == pytest.approx(2**4)
+    layer._note("x_slope", torch.zeros(1, 1))
+    assert float(layer.x_slope) == pytest.approx(1)
+
+
 def test_what_was_seen_first_is_soon_forgotten() -> None:
     """Training begins with slopes of another size; later on `decay` says how long they are remembered."""
     layer: Any = dynasty.convert(nn.Sequential(nn.Linear(16, 16)), Config(decay=0.9))[0]
@@ -251,7 +262,7 @@ def test_what_was_seen_first_is_soon_forgotten() -> None:
     for number in range(200):
         layer.x_slope.fill_(0)
         layer._note("x_slope", torch.ones(1, 1))
-        weights.append(float(layer.x_slope))
+        weights.append(float(layer.x_slope) ** 0.25)
         layer.seen.fill_(number + 1)
     assert weights[:2] == pytest.approx([1, 13 / 14])
     assert weights == sorted(weights, reverse=True)

@@ -17,7 +17,7 @@ from sensitivity_figures import Measured, Moment, Seen, faults, figures, reliabi
 from sensitivity_truth import Spot, first_order, in_float32
 from test_tools_train_dynasty_sets import write_idx
 
-SMALL = ("--images", "128", "--batch", "16", "--epochs", "1", "--early", "4", "--blocks", "8", "--batches", "3")
+SMALL = ("--images", "128", "--batch", "16", "--epochs", "1", "--early", "4,6", "--blocks", "8", "--batches", "3")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_it_measures(model: str, data: Path, tmp_path: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert status == int("must be" in told)
     found: list[dict[str, Any]] = json.loads(path.read_text())["results"]
-    assert [each["step"] for each in found] == [4, 8]
+    assert [each["step"] for each in found] == [4, 6, 8]
     assert picture.stat().st_size
     for each in found:
         (moment,) = each["seeds"]
@@ -53,6 +53,7 @@ def test_it_measures(model: str, data: Path, tmp_path: Path, capsys: pytest.Capt
         # Slopes on the very batches explain what dithers do there; an estimate from a few steps does in part.
         assert whole["first_order"] > 0.8
         assert whole["estimate"] > 0.3
+        assert whole["step_before"] > 0.6
         ratios = [block["first_order"] / block["truth"] for block in moment["blocks"] if block["truth"] > 0]
         assert 0.5 < float(np.median(ratios)) < 2
 
@@ -93,13 +94,14 @@ def test_ranks_and_their_reliability() -> None:
 def test_what_does_not_hold_is_told() -> None:
     """Estimates in the opposite order, in a layer whose truth is certain."""
     changes = np.arange(1.0, 11)[:, None] * np.ones(4)
-    blocks = [Measured("a", "weights", i, changes[i], -float(i), float(i), float(i)) for i in range(10)]
+    blocks = [Measured("a", "weights", i, changes[i], -float(i), float(i), float(i), -float(i)) for i in range(10)]
     assert figures("all", blocks).first_order == pytest.approx(1)
+    assert figures("all", blocks).step_before == pytest.approx(-1)
     bad = Moment("cnn", 0, 7, 0.5, 0.05, tuple(blocks))
     told = faults(Seen((bad,)), late=True)
     assert [line.split(":")[1].split("'")[0].strip() for line in told[:2]] == ["all blocks", "layer a"]
     assert told[2] == "cnn, step 7: analytics must be <= 3%, got 5.00%"
-    blocks = [Measured("a", "weights", i, changes[i], float(i), -float(i), float(i)) for i in range(10)]
+    blocks = [Measured("a", "weights", i, changes[i], float(i), -float(i), float(i), float(i)) for i in range(10)]
     good = Moment("cnn", 0, 7, 0.5, 0.01, tuple(blocks))
     assert not faults(Seen((good,)), late=True)
     assert [line.split(": ")[1].split(" must")[0] for line in faults(Seen((good, bad)), late=False)] == [

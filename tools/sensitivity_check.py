@@ -33,11 +33,11 @@ def check(options: Options) -> list[str]:
     told = []
     trainings = _trainings(options)
     for _ in options.model:
-        of_seeds = islice(trainings, len(options.seeds))
-        for late, moments in enumerate(zip(*of_seeds, strict=True)):
+        looks = list(zip(*islice(trainings, len(options.seeds)), strict=True))
+        for moments in looks:
             seen.append(Seen(moments))
             report(seen[-1])
-            told += faults(seen[-1], bool(late))
+            told += faults(seen[-1], moments is looks[-1])
     if options.json is not None:
         with writing(options.json) as partial:
             partial.write_text(json.dumps(_json(options, seen), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -67,13 +67,14 @@ def report(seen: Seen) -> None:
     seeds = f"{len(seen.moments)} seeds, " if len(seen.moments) > 1 else ""
     print(
         f"{seen.model} after {seen.step} steps, {seeds}loss {seen.loss:.3f}, analytics {seen.analytics_share:.2%}\n"
-        f"  {'':28} {'blocks':>6} {'estimate':>14} {'error only':>10} {'first order':>11} {'truth':>6}"
+        f"  {'':28} {'blocks':>6} {'estimate':>14} {'error only':>10} {'step before':>11} "
+        f"{'first order':>11} {'truth':>6}"
     )
     for each in seen.figures:
         half = "" if each.half is None else f"+-{each.half:.3f}"
         print(
             f"  {each.title:28} {each.blocks:6} {each.estimate:6.3f} {half:7} {each.error_only:10.3f} "
-            f"{each.first_order:11.3f} {each.reliability:6.3f}",
+            f"{each.step_before:11.3f} {each.first_order:11.3f} {each.reliability:6.3f}",
             flush=True,
         )
 

@@ -13,13 +13,14 @@ from train_dynasty_results import estimate
 
 Floats = NDArray[np.float64]
 _SPLITS = 50
+_MEANS = ("estimate", "error_only", "step_before", "first_order", "reliability")
 
 
 @dataclass(frozen=True)
 class Measured:
     """One block. operand: "activations" or "weights"; number: its place among the layer's; changes: mean squared
     changes of the loss, (batches,); estimate: of their mean; error: what rounding's error alone says; first_order: what
-    the slopes on those batches say.
+    the slopes on those batches say; step_before: what they said one step of training before.
     """
 
     layer: str
@@ -29,6 +30,7 @@ class Measured:
     estimate: float
     error: float
     first_order: float
+    step_before: float
 
     @property
     def truth(self) -> float:
@@ -44,6 +46,7 @@ class Figures:
     blocks: int
     estimate: float
     error_only: float
+    step_before: float
     first_order: float
     reliability: float
     half: float | None = None
@@ -114,7 +117,7 @@ class Seen:
 def _mean(of_seeds: Sequence[Figures]) -> Figures:
     title = of_seeds[0].title
     held = {each.name: [getattr(figures, each.name) for figures in of_seeds] for each in fields(Figures)}
-    means = {name: float(np.mean(held[name])) for name in ("estimate", "error_only", "first_order", "reliability")}
+    means = {name: float(np.mean(held[name])) for name in _MEANS}
     spread = estimate(held["estimate"])
     return Figures(title, sum(held["blocks"]), **means, half=spread.half if spread is not None else None)
 
@@ -123,11 +126,11 @@ def figures(title: str, blocks: Sequence[Measured]) -> Figures:
     """Of these blocks."""
     changes = np.stack([block.changes for block in blocks])
     truth = changes.mean(1)
-    estimate, error_only, first_order = (
-        spearman(np.array([getattr(block, said) for block in blocks]), truth)
-        for said in ("estimate", "error", "first_order")
+    estimate, error_only, step_before, first_order = (
+        spearman(np.array([getattr(block, of) for block in blocks]), truth)
+        for of in ("estimate", "error", "step_before", "first_order")
     )
-    return Figures(title, len(blocks), estimate, error_only, first_order, reliability(changes))
+    return Figures(title, len(blocks), estimate, error_only, step_before, first_order, reliability(changes))
 
 
 def faults(seen: Seen, late: bool) -> list[str]:

@@ -23,7 +23,7 @@ class Options:
     batches: int
     dithers: int
     bits: int
-    early: int
+    early: tuple[int, ...]
     epochs: int
     images: int
     batch: int
@@ -66,8 +66,14 @@ def _add_truth(group: argparse._ArgumentGroup) -> None:
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--early", type=integer(1), default=30, metavar="N", help="steps before the first look (default 30)")
-    add("--epochs", type=integer(1), default=3, metavar="N", help="before the second (default 3)")
+    add(
+        "--early",
+        type=several(integer(2)),
+        default=(100,),
+        metavar="N,M,..",
+        help="steps before the first looks, each at least 2 (default 100)",
+    )
+    add("--epochs", type=integer(1), default=3, metavar="N", help="before the last (default 3)")
     add("--images", type=integer(1), default=12000, metavar="N", help="to train on (default 12000)")
     add("--batch", type=integer(1), default=64, metavar="N", help="images of a batch (default 64)")
     add(
@@ -85,8 +91,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 def _fault(options: Options) -> str:
     """What does not go together."""
     late = options.epochs * (options.images // options.batch)
-    if options.early >= late:
-        return f"--early must be less than the {late} steps of --epochs, --images and --batch, got {options.early}"
+    if max(options.early) >= late:
+        return f"--early must be less than the {late} steps of --epochs, --images and --batch, got {max(options.early)}"
     return ""
 
 
@@ -114,7 +120,9 @@ columns: rank correlations (Spearman; ties have their mean rank), means over the
   estimate    with what is estimated, +- half of its 95 % confidence interval; of ten blocks of one training it says
               little: correlations of random orders have a standard deviation of a third
   error only  with the error of rounding alone: the estimate with all slopes set to 1
-  first order with what the slopes on the very batches of the truth say, in place of those that training saw
+  step before with what the slopes on the very batches of the truth said one step of training before: how much of what
+              is true now was so a step ago, and about the most that can be known when a map is made
+  first order with what those slopes say now, in place of those that training saw
   truth       the truth's own reliability
 rows: all blocks of all layers; activations; weights; each layer's, of both operands together and of each by itself,
   where there are {FEWEST} or more
@@ -129,6 +137,6 @@ exit status
 
 examples
   python tools/sensitivity_check.py
-  python tools/sensitivity_check.py --seeds 1,2,3,4,5 --jobs 2
+  python tools/sensitivity_check.py --seeds 1,2,3,4,5 --jobs 2 --early 30,60,100
   python tools/sensitivity_check.py --model cnn --blocks 64 --dithers 8 --json seen.json --plot seen.png
 """

@@ -15,7 +15,7 @@ import dynasty
 from dynasty.layers import Quantizing
 from dynasty.layout import Layout
 from dynasty.sensitivity import activation_curves, weight_curves
-from sensitivity_figures import Measured, Moment
+from sensitivity_figures import Floats, Measured, Moment
 from sensitivity_options import Options
 from sensitivity_truth import Batch, Spot, changes, first_order, in_float32
 from train_dynasty_data import DataSet
@@ -32,7 +32,7 @@ _CURVES: dict[str, Callable[[Quantizing, Tensor], Tensor]] = {
 
 
 def moments(options: Options, name: str, seed: int) -> list[Moment]:
-    """A model early and late in its training. Raises train_dynasty_sets.DataError."""
+    """A model early and late in its training, in the order of steps. Raises train_dynasty_sets.DataError."""
     torch.set_num_threads(options.threads)
     data = load("fashion-mnist", options.data)
     torch.manual_seed(seed)
@@ -47,12 +47,16 @@ def moments(options: Options, name: str, seed: int) -> list[Moment]:
     last = options.epochs * (options.images // options.batch)
     losses: list[float] = []
     found = []
+    looks = {*options.early, last}
+    before = np.zeros((0, 0))
     for step, loss in enumerate(_train(model, data, seen, options, seed, _RATE[name], last), 1):
         losses.append(loss)
-        if step in (options.early, last):
-            blocks = _measured(options, seed, model, batches)
+        if step in looks:
+            blocks = _measured(options, seed, model, batches, before)
             share = model.dynasty.report().analytics_share
             found.append(Moment(name, seed, step, float(np.mean(losses[-20:])), share, blocks))
+        if step + 1 in looks:
+            before = first_order(in_float32(model), _spots(model, options.blocks, seed), batches, options.bits, seed)
     return found
 
 
@@ -81,7 +85,8 @@ def _train(
         yield float(loss.detach())
 
 
-def _measured(options: Options, seed: int, model: Any, batches: list[Batch]) -> tuple[Measured, ...]:
+def _measured(options: Options, seed: int, model: Any, batches: list[Batch], before: Floats) -> tuple[Measured, ...]:
+    """before: `first_order` of a step before, (spots, batches)."""
     plain = in_float32(model)
     spots = _spots(model, options.blocks, seed)
     estimates = _estimates(model, options.bits)
@@ -97,8 +102,9 @@ def _measured(options: Options, seed: int, model: Any, batches: list[Batch]) -> 
             float(estimates[spot.layer, spot.operand][spot.number]),
             float(errors[spot.layer, spot.operand][spot.number]),
             exact,
+            past,
         )
-        for spot, row, exact in zip(spots, found, known, strict=True)
+        for spot, row, exact, past in zip(spots, found, known, before.mean(1).tolist(), strict=True)
     )
 
 
