@@ -24,18 +24,20 @@ SIGNATURE_BYTES = 16
 HEADER_BYTES = 64  # one cache line, so that payloads are aligned
 NOT_INLINE = -1
 CONTROL_LANE = 0  # where no data travels
-_LAYOUT = struct.Struct(f"<{SIGNATURE_BYTES}sqqqq")
+_LAYOUT = struct.Struct(f"<{SIGNATURE_BYTES}sqqqqQ")
+_ADDRESS = slice(_LAYOUT.size - 8, _LAYOUT.size)
 _PREPARED = 32
 
 
 class Header(NamedTuple):
-    """What a rank says of its call; -1 where there is nothing to say. Streams use the last two in their own way."""
+    """What a rank says of its call; -1 where there is nothing. Streams use `room` and `place` in their own way."""
 
     signature: bytes
     payload: int = NOT_INLINE  # bytes that follow
     rows: int = -1  # of its shard, where ranks may differ
     room: int = -1  # rows of the `recv` that it was given
     place: int = -1  # row of `recv` at which its `send` lies
+    address: int = 0  # of its shard, where others may read that
 
     def packed(self) -> bytes:
         """As it travels."""
@@ -99,6 +101,11 @@ class Rounds:
     def headers(self) -> list[Header]:
         """What each rank sent."""
         return [self.header(rank) for rank in range(self.size)]
+
+    def addresses(self) -> list[int]:
+        """What each rank said of where its shard lies."""
+        found: list[int] = self._memory[:, _ADDRESS].view(np.uint64)[:, 0].tolist()
+        return found
 
     def payload(self, rank: int) -> int:
         """Address of the payload that `rank` sent, valid until the next round."""

@@ -24,6 +24,7 @@ from tasp_coll.core import lanes
 from tasp_coll.errors import ArgumentError, ArgumentTypeError, CollectiveError, PeerTimeoutError
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
+from tasp_coll.transport.peer_memory import PeerMemory, Proof
 from tasp_coll.transport.shared import nameless, opened
 from tasp_coll.work import Once
 
@@ -242,10 +243,14 @@ def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]
 
 @dataclass
 class Meet(_Round):
-    """The operation after which ranks that all share memory use it for their rounds. wanted: by this rank."""
+    """The operation after which ranks that all share memory use it for their rounds. wanted: by this rank.
+
+    peer_memory: by which they read each other's, where they can.
+    """
 
     wanted: bool
     transport: Transport
+    peer_memory: PeerMemory | None = None
 
     def run(self) -> Generator[bool, None, Rounds]:
         """The rounds from now on: these, or by way of a board."""
@@ -266,8 +271,22 @@ class Meet(_Round):
             texts = yield from exchange_texts(self.rounds, "" if memory is None else "here")
         if memory is None or "" in texts:
             return self.rounds
+        yield from self._introduce()
         self.rounds.close()
         return Board(self.transport, memory)
+
+    def _introduce(self) -> Generator[bool, None, None]:
+        """Find out whether all can read the memory of all."""
+        mine, _held = Proof.laid()
+        texts = yield from exchange_texts(self.rounds, json.dumps([mine.process, mine.address, mine.content.hex()]))
+        told = [json.loads(text) for text in texts]
+        proofs = [Proof(process, address, bytes.fromhex(content)) for process, address, content in told]
+        found = None
+        with suppress(OSError):
+            found = PeerMemory([proof.process for proof in proofs])
+        works = found is not None and found.works(proofs)
+        if all((yield from exchange_texts(self.rounds, "works" if works else ""))):
+            self.peer_memory = found
 
 
 @dataclass

@@ -82,6 +82,13 @@ class AllGather(Collective):
         direct = self.chosen is not None and self.chosen.algorithm == "direct" and self.core.situation.shared
         return direct and self.gpu is None and self.core.size > 1 and sum(self.sizes()) >= _LARGE
 
+    def reads(self) -> bool:
+        direct = self.chosen is not None and self.chosen.algorithm == "direct"
+        return direct and self.core.peer_memory is not None and not self.core.checksums
+
+    def lies(self) -> int:
+        return self.send.address
+
     def _home(self) -> int:
         """Address of this rank's shard in the result."""
         assert self.out is not None

@@ -413,12 +413,14 @@ def _meet(transport: Transport, timeout: float, wishes: bootstrap.Wishes) -> Cor
     hosts = engine.run(bootstrap.Join(rounds, wishes))
     assert found is not None
     native = transport.name == "mpi" and not (wishes.self_heal or wishes.checksums)
+    peer_memory = None
     if transport.name == "mpi" and transport.size > 1 and not wishes.self_heal:
-        rounds = engine.run(bootstrap.Meet(rounds, wishes.shares, transport))
+        meet = bootstrap.Meet(rounds, wishes.shares, transport)
+        rounds, peer_memory = engine.run(meet), meet.peer_memory
     different = len(set(hosts))
     situation = tuning.Situation(found, wishes.given, different, native, shared=different == 1)
     core = Core(transport, found, situation, rounds, engine)
-    core.checksums = wishes.checksums
+    core.checksums, core.peer_memory = wishes.checksums, peer_memory
     chooser = tuning.Chooser()
     if transport.rank == 0:
         measured = tuning.read(tuning.cache_file(situation, transport.name), found)

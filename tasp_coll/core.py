@@ -27,6 +27,7 @@ from tasp_coll.memos import Memos
 from tasp_coll.schedule import Schedule, plan
 from tasp_coll.topology import Topology
 from tasp_coll.transport import Transport
+from tasp_coll.transport.peer_memory import PeerMemory
 from tasp_coll.tuning import Chooser, Situation
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class Core:
         self.memos = Memos()
         self.planned = 0  # how many schedules were planned and proved, programs compiled
         self.streams: set[int] = set()
+        self.peer_memory: PeerMemory | None = None  # where all ranks can read each other's
         self.checksums = False  # all ranks' messages of data carry one, see `checksums`
         self.stream: int | None = None  # that the user wants for arrays on a GPU
         self.gpu_transport = "auto"  # by which those travel, as the user wants it

@@ -17,6 +17,7 @@ from tasp_coll.executor import Flow, Program
 from tasp_coll.forecast import Choice, choice_of, direct
 from tasp_coll.linkup import LinkUp
 from tasp_coll.options import Call, Options
+from tasp_coll.reading import Fetch, Reading, fetches
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
 from tasp_coll.tuning import rule
@@ -24,7 +25,8 @@ from tasp_coll.tuning import rule
 _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
-_READY = b"ready".ljust(16)
+_READY, _UNREAD = b"ready".ljust(16), b"unread".ljust(16)
+_ALL_READ = Header(_READY).packed()
 _INTACT, _SPOILT = b"intact".ljust(16), b"spoilt".ljust(16)
 _AGREEING, _MOVING = "agreeing on the call", "moving data"
 _COMPARING, _CLOSING = "comparing checksums", "closing the call"
@@ -46,13 +48,14 @@ class Collective:
     def __init__(self, core: Core, send: Any, recv: Any, options: Options) -> None:
         self.core, self.options = core, options
         self.error: CollectiveError | None = None
-        self.flow: Flow | None = None
+        self.flow: Flow | Reading | None = None
+        self._fetches: tuple[Fetch, ...] = ()  # of a call that can be repeated quickly
         self.phase = _AGREEING
         self.out: Buffer | None = None
         self.given, self.held = recv, send
         self.chosen: Choice | None = None
         self._greeting: tuple[bytes, memoryview | bytes] | None = None
-        self._small = self._posted = False
+        self._small = self._posted = self._fetched = False
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
             if self.send.device is not None:
@@ -123,6 +126,14 @@ class Collective:
         """
         return False
 
+    def reads(self) -> bool:
+        """Whether ranks read each other's shards in their memory, in place of messages."""
+        return False
+
+    def lies(self) -> int:
+        """Address of this rank's shard, where others may read it."""
+        return 0
+
     def native(self) -> NativeRequest:
         """For the library's own collective."""
         raise NotImplementedError
@@ -167,7 +178,8 @@ class Collective:
         if self.gpu is not None and self.repeatable and not self.gpu.capturing:
             nbytes = max(self.send.nbytes, 0 if self.out is None else self.out.nbytes)
             return Header(self.call.signature, place=self.core.graphs.ready(self.graph_key(), nbytes))
-        return Header(self.call.signature, self.send.nbytes if self._fits() else NOT_INLINE)
+        payload = self.send.nbytes if self._fits() else NOT_INLINE
+        return Header(self.call.signature, payload, address=self.lies())
 
     def graph_key(self) -> Hashable:
         """What a CUDA graph of this call depends on."""
@@ -188,24 +200,54 @@ class Collective:
 
     def quick(self) -> bool:
         """A small call that was made before, without what larger ones need; unfinished, it is left to `run`."""
-        if not self._small:
+        if not (self._small or self._fetches):
             return False
         core = self.core
-        rounds = core.rounds
-        rounds.post(*(self._greeting or self._greet()))
+        core.rounds.post(*(self._greeting or self._greet()))
+        self._posted = True
+        if not self._heard(self.call.signature):
+            return False
+        if self._small:
+            self.unpack()
+        elif not self._quick_reads():
+            return False
+        self._posted = False
+        core.last_choice = self.chosen
+        return True
+
+    def _quick_reads(self) -> bool:
+        """Whether all of it went well."""
+        core, rounds = self.core, self.core.rounds
+        assert self.out is not None
+        assert core.peer_memory is not None
+        sources, target = rounds.addresses(), self.out.address
+        self._copy_own()
+        for fetch in self._fetches:
+            if not fetch.quick(core.peer_memory, sources, target):
+                return False
+        rounds.post(_ALL_READ)
+        self._posted, self._fetched = False, True
+        if not self._heard(_READY):
+            return False
+        self._fetched = False
+        return True
+
+    def _heard(self, signature: bytes) -> bool:
+        """Whether all say so at once, or almost."""
+        rounds, pause = self.core.rounds, self.core.transport.pause
         for _ in range(_QUICK_POLLS):
             if rounds.poll():
-                if not rounds.same(self.call.signature):
-                    break
-                self.unpack()
-                core.last_choice = self.chosen
-                return True
-            core.transport.pause(1)
-        self._posted = True
+                return rounds.same(signature)
+            pause(1)
         return False
 
     def run(self) -> Steps:
         """The collective, as the engine runs it."""
+        if self._fetched:  # by `quick`
+            self._fetched = False
+            yield from self._close_reads()
+            self.core.last_choice = self.chosen
+            return self.result()
         yield from self.agree()
         if self.gpu is not None:
             yield from gpu_calls.run(self, self.gpu)
@@ -218,8 +260,7 @@ class Collective:
             if self.chosen is not None and self.chosen.algorithm == "native":
                 yield from self._run_native()
             else:
-                compiled = yield from self._compiled()
-                yield from self._run_programs(compiled)
+                yield from self._run_reads() if self.reads() else self._run_programs()
         self.core.last_choice = self.chosen
         yield from self.settle()
         return self.result()
@@ -282,10 +323,10 @@ class Collective:
             yield False
         raise disagreement([rounds.text(rank) for rank in range(rounds.size)]) from self.error
 
-    def confirm(self) -> Steps:
-        """After work of its own that may have failed on some rank: all go on, or all raise."""
+    def confirm(self, address: int = 0) -> Steps:
+        """After work of its own that may have failed on some rank: all go on, or all raise. address: to be told."""
         rounds = self.core.rounds
-        rounds.post(Header(_READY if self.error is None else _FAILED).packed())
+        rounds.post(Header(_READY if self.error is None else _FAILED, address=address).packed())
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(_READY):
@@ -353,20 +394,54 @@ class Collective:
         assert self.chosen is not None
         return self.core.schedule(self.collective, self.chosen)
 
-    def _run_programs(self, compiled: Compiled) -> Steps:
+    def _run_programs(self) -> Steps:
+        compiled = yield from self._compiled()
         self.phase = _MOVING
         faults: list[tuple[int, ...]] = []
         if early := self.own_first():
             self._copy_own()
         for index, bases in enumerate(self.bases()):
-            self.flow = Flow(compiled.exchange(index, bases))
-            while not self.flow.done:
-                yield self.flow.poll()
-            faults += [(index, *fault) for fault in self.flow.exchange.faults]
+            self.flow = flow = Flow(compiled.exchange(index, bases))
+            while not flow.done:
+                yield flow.poll()
+            faults += [(index, *fault) for fault in flow.exchange.faults]
         if not early:
             self._copy_own()
         if self.core.checksums:
             yield from self._compare(faults)
+
+    def _run_reads(self) -> Steps:
+        """Where ranks can read each other's memory. Shards stay where they are until all have read them."""
+        core, early = self.core, self.own_first()
+        assert self.out is not None
+        assert core.peer_memory is not None
+        sources = core.rounds.addresses()
+        self._copy_own()
+        if early:
+            yield from self.confirm(self.bases()[0]["send"])
+            sources = core.rounds.addresses()
+        self.phase, said = _MOVING, _READY
+        wanted = fetches(core.rank, self.sizes())
+        self.flow = flow = Reading(core.peer_memory, wanted, sources, self.out.address)
+        try:
+            while not flow.done:
+                yield flow.poll()
+            self._fetches = wanted if self.repeatable and not early else ()
+        except CollectiveError:
+            said = _UNREAD
+        self.flow = None
+        core.rounds.post(Header(said).packed())
+        yield from self._close_reads()
+
+    def _close_reads(self) -> Steps:
+        """Where one rank could not read, as in memory that a device driver has mapped, all go back to messages."""
+        self.phase, rounds = _CLOSING, self.core.rounds
+        while not rounds.poll():
+            yield False
+        if not rounds.same(_READY):
+            self.core.peer_memory, self._fetches = None, ()
+            self.core.memos.clear()  # of calls that would read
+            yield from self._run_programs()
 
     def _copy_own(self) -> None:
         for dst, src, nbytes in self.own():

@@ -47,14 +47,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "arrays": ("frameworks", "frameworks_gpu", "arrays", "reduction"),
     "transport": (
         *("transport", "transport.pool", "transport.loopback", "transport.mpi", "transport.torch"),
-        *("transport.shared", "transport.stream_memory"),
+        *("transport.shared", "transport.peer_memory", "transport.stream_memory"),
     ),
     "links that heal": (
         *("transport.rates", "transport.frames", "transport.relay", "transport.doubts", "transport.boxes"),
         "transport.healing",
     ),
     "executor": (
-        *("executor", "checksums", "launches", "programs", "slabs", "reduce_programs"),
+        *("executor", "reading", "checksums", "launches", "programs", "slabs", "reduce_programs"),
         *("transport.nccl", "transport.ipc_plan", "transport.ipc"),
     ),
     "agreement": ("agreement", "board", "work", "engine"),
@@ -101,6 +101,7 @@ ONLY: dict[str, set[str]] = {
     "transport.frames": {"transport.rates"},
     "transport.relay": {"transport", "transport.frames"},
     "transport.shared": {"errors"},
+    "transport.peer_memory": {"errors"},
     "transport.stream_memory": {"errors"},
     "transport.nccl": {"errors", "executor", "launches"},
     "transport.ipc_plan": {"errors", "executor", "launches"},
@@ -109,6 +110,7 @@ ONLY: dict[str, set[str]] = {
         *("transport.ipc_plan", "transport.shared", "transport.stream_memory"),
     },
     "executor": {"transport"},
+    "reading": {"errors", "transport.peer_memory"},
     "work": {"errors", "transport"},
     "engine": {"errors", "transport", "work"},
     "agreement": {"errors", "transport"},

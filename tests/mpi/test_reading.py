@@ -1,0 +1,109 @@
+"""Ranks of one host read each other's shards where they lie; all do, or none."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import tasp_coll
+from tasp_coll import CollectiveError
+from tasp_coll.transport.mpi import requests_alive
+from tasp_coll.transport.peer_memory import PeerMemory
+
+WORLD = MPI.COMM_WORLD
+LAST = WORLD.size - 1
+SECONDS = 40
+
+pytestmark = [
+    pytest.mark.skipif("TORCHELASTIC_RUN_ID" in os.environ, reason="only over MPI"),
+    pytest.mark.skipif(WORLD.size == 1, reason="nobody to read from"),
+]
+
+
+def reading() -> tasp_coll.Communicator:
+    """A communicator whose ranks read; skips where this system forbids it."""
+    comm = tasp_coll.Communicator(timeout=SECONDS)
+    can = comm._core.peer_memory is not None
+    assert WORLD.allgather(can) == [can] * WORLD.size
+    if not can:
+        comm.close()
+        pytest.skip("processes here cannot read each other's memory")
+    return comm
+
+
+@pytest.mark.parametrize("rows", [2_000, 100_000, 1_500_000])
+def test_what_all_have_is_there_and_nothing_is_sent(rows: int) -> None:
+    """New results and given ones, in place, again and again; the last size copies its own shard first."""
+    with reading() as comm:
+        held = requests_alive()
+        send = np.empty(rows, np.int32)
+        recv = np.empty((WORLD.size, rows), np.int32)
+        place = recv[WORLD.rank]
+        for number in range(5):
+            send[:] = 1000 * WORLD.rank + number
+            expected = 1000 * np.arange(WORLD.size)[:, None] + number
+            out = comm.decomposed_allgather(send, algorithm="direct")
+            assert (out.reshape(WORLD.size, rows) == expected).all()
+            assert (comm.decomposed_allgather(send, recv, algorithm="direct") == expected).all()
+            recv[:] = 0
+            place[:] = send
+            assert (comm.decomposed_allgather(place, recv, algorithm="direct") == expected).all()
+        work = comm.decomposed_allgather(send, algorithm="direct", async_op=True)
+        assert (work.wait().reshape(WORLD.size, rows) == expected).all()
+        assert requests_alive() == held
+
+
+def test_shards_of_any_length() -> None:
+    with reading() as comm:
+        for rows in ([7000 * rank for rank in range(WORLD.size)], [5000] + [0] * LAST):
+            out = comm.decomposed_allgatherv(np.full((rows[WORLD.rank], 3), WORLD.rank, np.int16), algorithm="direct")
+            assert (out == np.repeat(np.arange(WORLD.size), rows)[:, None]).all()
+
+
+def test_who_goes_on_spoils_nothing() -> None:
+    """A rank that returns changes its shard at once, and others come late: none may read what is new."""
+    rng = np.random.default_rng(WORLD.rank)
+    with reading() as comm:
+        send, recv = np.empty(30_000, np.int32), np.empty((WORLD.size, 30_000), np.int32)
+        for number in range(200):
+            send[:] = 1000 * WORLD.rank + number
+            if rng.random() < 0.1:
+                time.sleep(rng.random() / 500)
+            comm.decomposed_allgather(send, recv, algorithm="direct")
+            send[:] = -1
+            assert (recv == 1000 * np.arange(WORLD.size)[:, None] + number).all()
+
+
+@pytest.mark.parametrize("rows", [20_000, 1_500_000])
+@pytest.mark.parametrize("good", [0, 2])
+def test_one_that_cannot_leaves_all_with_messages(rows: int, good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first call on, or after good ones."""
+
+    def refuse(*_: object) -> int:
+        raise CollectiveError("a device's memory")
+
+    with reading() as comm:
+        send, recv = np.full(rows, WORLD.rank), np.empty((WORLD.size, rows), np.int64)
+        other = np.empty_like(recv)
+        for number in range(good + 3):
+            if number == good and WORLD.rank == LAST:
+                monkeypatch.setattr(PeerMemory, "read", refuse)
+            for result in (recv, other):
+                comm.decomposed_allgather(send, result, algorithm="direct")
+                assert (result == np.arange(WORLD.size)[:, None]).all()
+                result[:] = -1
+            assert (comm._core.peer_memory is None) == (number >= good)
+
+
+def test_one_that_cannot_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading().close()
+    if WORLD.rank == LAST:
+        monkeypatch.setattr(PeerMemory, "works", lambda *_: False)
+    with tasp_coll.Communicator(timeout=SECONDS) as comm:
+        assert comm._core.peer_memory is None
+        out = comm.decomposed_allgather(np.full(5000, WORLD.rank), algorithm="direct")
+        assert out[::5000].tolist() == list(range(WORLD.size))
