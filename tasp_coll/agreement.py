@@ -55,9 +55,10 @@ def inline_bytes(ranks: int) -> int:
 class Rounds:
     """Exchange of headers and small payloads between all ranks of a transport."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, capacity: int | None = None) -> None:
+        """capacity: how large a payload may be, if not as large as `inline_bytes` says."""
         self._transport, self.rank, self.size = transport, transport.rank, transport.size
-        self.capacity = inline_bytes(self.size)
+        self.capacity = inline_bytes(self.size) if capacity is None else capacity
         self.stride = HEADER_BYTES + self.capacity
         self._memory = np.zeros((self.size, self.stride), np.uint8)
         self._base = self._memory.ctypes.data

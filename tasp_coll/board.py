@@ -14,7 +14,7 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from tasp_coll.agreement import HEADER_BYTES, SIGNATURE_BYTES, Rounds
+from tasp_coll.agreement import HEADER_BYTES, SIGNATURE_BYTES, Rounds, inline_bytes
 from tasp_coll.errors import ArgumentError
 from tasp_coll.transport import Transport
 from tasp_coll.transport.shared import machine
@@ -25,6 +25,7 @@ _NUMBER_BYTES = 8
 _LINE = 64
 _IN_ORDER = ("x86_64", "i686")
 _LISTEN = 8  # rounds, and polls in vain
+_SHARD_BYTES, _SIDE_BYTES = 1 << 18, 1 << 24  # at most, of a payload and of a side
 
 
 class _Side:
@@ -65,13 +66,18 @@ def place() -> str:
         return ""
 
 
-def board_bytes(rounds: Rounds) -> int:
-    """What such rounds need on a board."""
-    return _SIDES * _side_bytes(rounds.size, rounds.stride)
+def board_capacity(ranks: int) -> int:
+    """How large a payload may be on a board: one that stays in caches until all have read it.
+
+    Up to there two copies in memory that all share cost less than one out of another process's.
+    """
+    return max(inline_bytes(ranks), min(_SHARD_BYTES, _SIDE_BYTES // ranks // _LINE * _LINE))
 
 
-def _side_bytes(size: int, stride: int) -> int:
-    return _lines(_NUMBER_BYTES * size) + _lines(SIGNATURE_BYTES * size) + size * stride
+def board_bytes(ranks: int) -> int:
+    """What so many ranks need for a board."""
+    numbers, signatures = _lines(_NUMBER_BYTES * ranks), _lines(SIGNATURE_BYTES * ranks)
+    return _SIDES * (numbers + signatures + ranks * (HEADER_BYTES + board_capacity(ranks)))
 
 
 def _lines(nbytes: int) -> int:
@@ -83,7 +89,7 @@ class Board(Rounds):
     """Rounds of ranks whose memory is one. memory: `board_bytes`, zeros at first, the same for all."""
 
     def __init__(self, transport: Transport, memory: NDArray[np.uint8]) -> None:
-        super().__init__(transport)
+        super().__init__(transport, board_capacity(transport.size))
         halves = memory.reshape(_SIDES, -1)
         self._sides = [_Side(half, self.rank, self.size, self.stride) for half in halves]
         self._side = self._sides[0]
@@ -129,6 +135,6 @@ class Board(Rounds):
     def close(self) -> None:
         """Let go of the memory. Nothing may be under way."""
         super().close()
-        self._sides = [_Side(np.zeros(board_bytes(self) // _SIDES, np.uint8), self.rank, self.size, self.stride)]
+        self._sides = [_Side(np.zeros(board_bytes(self.size) // _SIDES, np.uint8), self.rank, self.size, self.stride)]
         self._side = self._sides[0]
         self._memory, self._base = self._side.slots, self._side.base

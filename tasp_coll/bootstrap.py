@@ -259,7 +259,7 @@ class Meet(_Round):
         marks = yield from exchange_texts(self.rounds, mark)
         if "" in marks or len(set(marks)) > 1:
             return self.rounds
-        total, path, memory = board_bytes(self.rounds), "", None
+        total, path, memory = board_bytes(self.rounds.size), "", None
         with ExitStack() as leaving:
             if self.rounds.rank == 0:
                 with suppress(OSError):

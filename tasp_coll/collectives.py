@@ -79,15 +79,18 @@ class AllGather(Collective):
     def own_first(self) -> bool:
         """Where others read this rank's shard in its memory, and the result has large pages, as is likely from a size
         on: looking up small ones takes half of the time."""
-        direct = self.chosen is not None and self.chosen.algorithm == "direct" and self.core.situation.shared
-        return direct and self.gpu is None and self.core.size > 1 and sum(self.sizes()) >= _LARGE
+        if self.reads():
+            return True
+        return self._direct() and self.core.situation.shared and self.gpu is None and sum(self.sizes()) >= _LARGE
 
     def reads(self) -> bool:
-        direct = self.chosen is not None and self.chosen.algorithm == "direct"
-        return direct and self.core.peer_memory is not None and not self.core.checksums
+        return self._direct() and self.core.peer_memory is not None and not self.core.checksums
 
-    def lies(self) -> int:
-        return self.send.address
+    def most(self) -> int:
+        return self.core.rounds.capacity
+
+    def _direct(self) -> bool:
+        return self.chosen is not None and self.chosen.algorithm == "direct" and self.core.size > 1
 
     def _home(self) -> int:
         """Address of this rank's shard in the result."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from tasp_coll import arrays, checksums, gpu_calls
-from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode
+from tasp_coll.agreement import NOT_INLINE, Header, disagreement, encode, inline_bytes
 from tasp_coll.arrays import Buffer, memory_at
 from tasp_coll.core import Arena, Cache, Compiled, Core
 from tasp_coll.device import OnGpu
@@ -31,6 +31,7 @@ _INTACT, _SPOILT = b"intact".ljust(16), b"spoilt".ljust(16)
 _AGREEING, _MOVING = "agreeing on the call", "moving data"
 _COMPARING, _CLOSING = "comparing checksums", "closing the call"
 _QUICK_POLLS = 32
+_NEW, _GREETED, _OFFERED, _FETCHED = range(4)  # how far a call has come that `quick` leaves to `run`
 Steps = Generator[bool, None, Any]
 V = TypeVar("V")
 
@@ -55,7 +56,9 @@ class Collective:
         self.given, self.held = recv, send
         self.chosen: Choice | None = None
         self._greeting: tuple[bytes, memoryview | bytes] | None = None
-        self._small = self._posted = self._fetched = False
+        self._offer: tuple[int, bytes] = (0, b"")  # where others may read its shard, and the header that says so
+        self._small = False
+        self._reached = _NEW
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
             if self.send.device is not None:
@@ -130,10 +133,6 @@ class Collective:
         """Whether ranks read each other's shards in their memory, in place of messages."""
         return False
 
-    def lies(self) -> int:
-        """Address of this rank's shard, where others may read it."""
-        return 0
-
     def native(self) -> NativeRequest:
         """For the library's own collective."""
         raise NotImplementedError
@@ -178,8 +177,7 @@ class Collective:
         if self.gpu is not None and self.repeatable and not self.gpu.capturing:
             nbytes = max(self.send.nbytes, 0 if self.out is None else self.out.nbytes)
             return Header(self.call.signature, place=self.core.graphs.ready(self.graph_key(), nbytes))
-        payload = self.send.nbytes if self._fits() else NOT_INLINE
-        return Header(self.call.signature, payload, address=self.lies())
+        return Header(self.call.signature, self.send.nbytes if self._fits() else NOT_INLINE)
 
     def graph_key(self) -> Hashable:
         """What a CUDA graph of this call depends on."""
@@ -191,8 +189,12 @@ class Collective:
             and not self.core.checksums
             and self.options.rings is None
             and self.options.algorithm in ("auto", "direct")
-            and (self.send.nbytes <= self.core.rounds.capacity)
+            and self.send.nbytes <= self.most()
         )
+
+    def most(self) -> int:
+        """Bytes of the largest payload that comes with the agreement."""
+        return inline_bytes(self.core.size)
 
     def inline(self) -> bool:
         """After the agreement: whether every payload came with it."""
@@ -204,14 +206,14 @@ class Collective:
             return False
         core = self.core
         core.rounds.post(*(self._greeting or self._greet()))
-        self._posted = True
+        self._reached = _GREETED
         if not self._heard(self.call.signature):
             return False
         if self._small:
             self.unpack()
         elif not self._quick_reads():
             return False
-        self._posted = False
+        self._reached = _NEW
         core.last_choice = self.chosen
         return True
 
@@ -220,17 +222,16 @@ class Collective:
         core, rounds = self.core, self.core.rounds
         assert self.out is not None
         assert core.peer_memory is not None
+        self._offer_own()
+        if not self._heard(_READY):
+            return False
         sources, target = rounds.addresses(), self.out.address
-        self._copy_own()
         for fetch in self._fetches:
             if not fetch.quick(core.peer_memory, sources, target):
                 return False
         rounds.post(_ALL_READ)
-        self._posted, self._fetched = False, True
-        if not self._heard(_READY):
-            return False
-        self._fetched = False
-        return True
+        self._reached = _FETCHED
+        return self._heard(_READY)
 
     def _heard(self, signature: bytes) -> bool:
         """Whether all say so at once, or almost."""
@@ -243,12 +244,8 @@ class Collective:
 
     def run(self) -> Steps:
         """The collective, as the engine runs it."""
-        if self._fetched:  # by `quick`
-            self._fetched = False
-            yield from self._close_reads()
-            self.core.last_choice = self.chosen
-            return self.result()
-        yield from self.agree()
+        if self._reached <= _GREETED:
+            yield from self.agree()
         if self.gpu is not None:
             yield from gpu_calls.run(self, self.gpu)
         elif self.inline():
@@ -291,9 +288,9 @@ class Collective:
     def agree(self) -> Steps:
         """The round that begins every call: all go on, or all raise."""
         rounds = self.core.rounds
-        if not self._posted:
+        if self._reached == _NEW:
             rounds.post(*self._greet())
-        self._posted = False
+        self._reached = _NEW
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(self.call.signature):
@@ -323,10 +320,10 @@ class Collective:
             yield False
         raise disagreement([rounds.text(rank) for rank in range(rounds.size)]) from self.error
 
-    def confirm(self, address: int = 0) -> Steps:
-        """After work of its own that may have failed on some rank: all go on, or all raise. address: to be told."""
+    def confirm(self) -> Steps:
+        """After work of its own that may have failed on some rank: all go on, or all raise."""
         rounds = self.core.rounds
-        rounds.post(Header(_READY if self.error is None else _FAILED, address=address).packed())
+        rounds.post(Header(_READY if self.error is None else _FAILED).packed())
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(_READY):
@@ -411,37 +408,46 @@ class Collective:
             yield from self._compare(faults)
 
     def _run_reads(self) -> Steps:
-        """Where ranks can read each other's memory. Shards stay where they are until all have read them."""
-        core, early = self.core, self.own_first()
+        """Where ranks can read each other's memory: from results, which as a rule have the larger pages."""
+        core, rounds, said = self.core, self.core.rounds, _READY
         assert self.out is not None
         assert core.peer_memory is not None
-        sources = core.rounds.addresses()
-        self._copy_own()
-        if early:
-            yield from self.confirm(self.bases()[0]["send"])
-            sources = core.rounds.addresses()
-        self.phase, said = _MOVING, _READY
-        wanted = fetches(core.rank, self.sizes())
-        self.flow = flow = Reading(core.peer_memory, wanted, sources, self.out.address)
-        try:
-            while not flow.done:
-                yield flow.poll()
-            self._fetches = wanted if self.repeatable and not early else ()
-        except CollectiveError:
-            said = _UNREAD
-        self.flow = None
-        core.rounds.post(Header(said).packed())
-        yield from self._close_reads()
-
-    def _close_reads(self) -> Steps:
-        """Where one rank could not read, as in memory that a device driver has mapped, all go back to messages."""
-        self.phase, rounds = _CLOSING, self.core.rounds
+        if self._reached != _FETCHED:
+            if self._reached != _OFFERED:
+                self._offer_own()
+            while not rounds.poll():
+                yield False
+            wanted = fetches(core.rank, self.sizes())
+            self.flow = flow = Reading(core.peer_memory, wanted, rounds.addresses(), self.out.address)
+            self.phase = _MOVING
+            try:
+                while not flow.done:
+                    yield flow.poll()
+                self._fetches = wanted if self.repeatable else ()
+            except CollectiveError:
+                said = _UNREAD
+            self.flow = None
+            rounds.post(Header(said).packed())
+        self.phase, self._reached = _CLOSING, _NEW
         while not rounds.poll():
             yield False
         if not rounds.same(_READY):
-            self.core.peer_memory, self._fetches = None, ()
-            self.core.memos.clear()  # of calls that would read
-            yield from self._run_programs()
+            yield from self._back_to_messages()
+
+    def _offer_own(self) -> None:
+        """Copy the own shard, and tell where the others may read it until all have done so."""
+        self._copy_own()
+        address = self.bases()[0]["send"]
+        if self._offer[0] != address:
+            self._offer = address, Header(_READY, address=address).packed()
+        self.core.rounds.post(self._offer[1])
+        self._reached = _OFFERED
+
+    def _back_to_messages(self) -> Steps:
+        """On all ranks, as one could not read: memory that a device driver has mapped, say."""
+        self.core.peer_memory, self._fetches = None, ()
+        self.core.memos.clear()  # of calls that would read
+        yield from self._run_programs()
 
     def _copy_own(self) -> None:
         for dst, src, nbytes in self.own():

@@ -11,7 +11,7 @@ import pytest
 
 import tasp_coll
 from tasp_coll import board
-from tasp_coll.agreement import Header, Rounds
+from tasp_coll.agreement import Header
 from tasp_coll.board import Board, board_bytes
 from tasp_coll.transport.loopback import LoopbackTransport, LoopbackWorld
 from tasp_coll.transport.shared import nameless, opened
@@ -21,7 +21,7 @@ def boards(size: int) -> list[Board]:
     """One for each rank."""
     world = LoopbackWorld(size)
     transports = [LoopbackTransport(world, rank) for rank in range(size)]
-    memory = np.zeros(board_bytes(Rounds(transports[0])), np.uint8)
+    memory = np.zeros(board_bytes(size), np.uint8)
     return [Board(transport, memory) for transport in transports]
 
 
@@ -107,7 +107,7 @@ def mapped() -> int:
 
 def test_memory_is_let_go() -> None:
     transport = LoopbackTransport(LoopbackWorld(1), 0)
-    total, before = board_bytes(Rounds(transport)), mapped()
+    total, before = board_bytes(1), mapped()
     descriptor, path = nameless(total)
     held = Board(transport, opened(path, total))
     os.close(descriptor)
