@@ -17,7 +17,7 @@ from tasp_coll.executor import Flow, Program
 from tasp_coll.forecast import Choice, choice_of, direct
 from tasp_coll.linkup import LinkUp
 from tasp_coll.options import Call, Options
-from tasp_coll.reading import Fetch, Reading, fetches
+from tasp_coll.reading import PIECE, Fetch, Reading, fetches
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
 from tasp_coll.tuning import rule
@@ -423,7 +423,7 @@ class Collective:
             try:
                 while not flow.done:
                     yield flow.poll()
-                self._fetches = wanted if self.repeatable else ()
+                self._fetches = wanted if self.repeatable and max(self.sizes()) <= PIECE else ()
             except CollectiveError:
                 said = _UNREAD
             self.flow = None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tasp_coll.errors import CollectiveError
 from tasp_coll.transport.peer_memory import PeerMemory
 
-_PIECE = 4 << 20  # bytes in one go: between them others get their turn, and the clock is looked at
+PIECE = 4 << 20  # bytes in one go: between them others get their turn, and the clock is looked at
 
 
 class Fetch(NamedTuple):
@@ -51,7 +51,7 @@ class Reading:
         """Read the next piece; whether there was any. A peer that has ended gives none, for ever."""
         (peer, offset, nbytes), came = self._wanted[self._at], self._came
         got = self._memory.read(
-            peer, self._sources[peer] + came, self._target + offset + came, min(nbytes - came, _PIECE)
+            peer, self._sources[peer] + came, self._target + offset + came, min(nbytes - came, PIECE)
         )
         self._came = came + got
         if self._came == nbytes:

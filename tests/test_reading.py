@@ -65,7 +65,7 @@ def test_a_rank_fetches_each_shard_once(ranks: int) -> None:
 
 def test_large_shards_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is still waited for is told between them."""
-    monkeypatch.setattr(reading, "_PIECE", 1000)
+    monkeypatch.setattr(reading, "PIECE", 1000)
     rng = np.random.default_rng(1)
     sizes = [2500, 1000, 1]
     shards = [np.frombuffer(rng.bytes(size), np.uint8) for size in sizes]
