@@ -131,6 +131,9 @@ class Rounds:
         made = self._prepared[payload] = self._transport.prepare(receives + sends), room
         return made
 
+    def leave(self) -> None:
+        """After a failure: peers must not take what this rank said for a word that still holds."""
+
     def close(self) -> None:
         """Free what was prepared. Nothing may be under way."""
         while self._prepared:

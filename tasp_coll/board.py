@@ -22,10 +22,11 @@ from tasp_coll.transport.shared import machine
 ENVIRONMENT = "TASP_COLL_SHARED_MEMORY"
 _SIDES = 2
 _NUMBER_BYTES = 8
+_LEFT = -1  # in place of a number
 _LINE = 64
 _IN_ORDER = ("x86_64", "i686")
 _LISTEN = 8  # rounds, and polls in vain
-_SHARD_BYTES, _SIDE_BYTES = 1 << 18, 1 << 24  # at most, of a payload and of a side
+_SHARD_BYTES, _SIDE_BYTES = 1 << 18, 1 << 22  # at most, of a payload and of a side
 
 
 class _Side:
@@ -131,6 +132,12 @@ class Board(Rounds):
     def same(self, signature: bytes) -> bool:
         """As in `Rounds`."""
         return self._side.signatures.tobytes() == signature * self.size
+
+    def leave(self) -> None:
+        """As in `Rounds`: what this rank takes part in is never complete any more. Its results may change from now on,
+        and who comes late has perhaps still to read them."""
+        for side in self._sides:
+            side.number[0] = _LEFT
 
     def close(self) -> None:
         """Let go of the memory. Nothing may be under way."""

@@ -78,10 +78,8 @@ class AllGather(Collective):
 
     def own_first(self) -> bool:
         """Where others read this rank's shard in its memory, and the result has large pages, as is likely from a size
-        on: looking up small ones takes half of the time."""
-        if self.reads():
-            return True
-        return self._direct() and self.core.situation.shared and self.gpu is None and sum(self.sizes()) >= _LARGE
+        on: looking up small ones takes half of the time. Of messages; `reads` always does so."""
+        return self._direct() and self.core.situation.shared and sum(self.sizes()) >= _LARGE
 
     def reads(self) -> bool:
         return self._direct() and self.core.peer_memory is not None and not self.core.checksums
@@ -90,7 +88,9 @@ class AllGather(Collective):
         return self.core.rounds.capacity
 
     def _direct(self) -> bool:
-        return self.chosen is not None and self.chosen.algorithm == "direct" and self.core.size > 1
+        """Whether everyone sends to everyone, in host memory."""
+        direct = self.chosen is not None and self.chosen.algorithm == "direct"
+        return direct and self.gpu is None and self.core.size > 1
 
     def _home(self) -> int:
         """Address of this rank's shard in the result."""

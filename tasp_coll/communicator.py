@@ -420,6 +420,7 @@ def _meet(transport: Transport, timeout: float, wishes: bootstrap.Wishes) -> Cor
     different = len(set(hosts))
     situation = tuning.Situation(found, wishes.given, different, native, shared=different == 1)
     core = Core(transport, found, situation, rounds, engine)
+    engine.farewell = rounds.leave
     core.checksums, core.peer_memory = wishes.checksums, peer_memory
     chooser = tuning.Chooser()
     if transport.rank == 0:

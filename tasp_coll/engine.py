@@ -69,6 +69,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self.broken: str | None = None
+        self.farewell: Callable[[], None] = lambda: None  # told before anything is given up
         _all.add(self)
 
     def run(self, operation: Operation) -> Any:
@@ -173,6 +174,7 @@ class Engine:
             return error
         self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier: {error!r}"
         lost = isinstance(error, PeerTimeoutError)
+        self.farewell()
         self.transport.abandon(operation, list(self._queue), list(self._streams), lost=lost)
         self._fail_all(but=operation)
         if isinstance(error, (CollectiveError, MemoryError)) or not isinstance(error, Exception):
@@ -226,6 +228,7 @@ class Engine:
         self.broken = f"this communicator cannot be used any more: {why}"
         alone = self.lock.acquire(timeout=_LEAVE_SECONDS)  # not while another thread is in the middle of a poll
         try:
+            self.farewell()
             self.transport.abandon(list(self._queue), list(self._streams))
             self._fail_all()
         finally:

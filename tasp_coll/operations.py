@@ -25,8 +25,9 @@ from tasp_coll.tuning import rule
 _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
-_READY, _UNREAD = b"ready".ljust(16), b"unread".ljust(16)
-_ALL_READ = Header(_READY).packed()
+_READY = b"ready".ljust(16)
+_OFFER, _READ, _UNREAD = b"offer".ljust(16), b"read".ljust(16), b"unread".ljust(16)
+_ALL_READ = Header(_READ).packed()
 _INTACT, _SPOILT = b"intact".ljust(16), b"spoilt".ljust(16)
 _AGREEING, _MOVING = "agreeing on the call", "moving data"
 _COMPARING, _CLOSING = "comparing checksums", "closing the call"
@@ -201,7 +202,7 @@ class Collective:
         return self._fits()
 
     def quick(self) -> bool:
-        """A small call that was made before, without what larger ones need; unfinished, it is left to `run`."""
+        """A call of a kind that needs rounds alone, made before; unfinished, it is left to `run`."""
         if not (self._small or self._fetches):
             return False
         core = self.core
@@ -223,15 +224,18 @@ class Collective:
         assert self.out is not None
         assert core.peer_memory is not None
         self._offer_own()
-        if not self._heard(_READY):
+        if not self._heard(_OFFER):
             return False
-        sources, target = rounds.addresses(), self.out.address
-        for fetch in self._fetches:
-            if not fetch.quick(core.peer_memory, sources, target):
-                return False
+        reading = Reading(core.peer_memory, self._fetches, rounds.addresses(), self.out.address)
+        try:
+            while not reading.done:
+                if not reading.poll():
+                    return False
+        except CollectiveError:  # comes again in `run`
+            return False
         rounds.post(_ALL_READ)
         self._reached = _FETCHED
-        return self._heard(_READY)
+        return self._heard(_READ)
 
     def _heard(self, signature: bytes) -> bool:
         """Whether all say so at once, or almost."""
@@ -409,7 +413,7 @@ class Collective:
 
     def _run_reads(self) -> Steps:
         """Where ranks can read each other's memory: from results, which as a rule have the larger pages."""
-        core, rounds, said = self.core, self.core.rounds, _READY
+        core, rounds, said = self.core, self.core.rounds, _READ
         assert self.out is not None
         assert core.peer_memory is not None
         if self._reached != _FETCHED:
@@ -431,23 +435,19 @@ class Collective:
         self.phase, self._reached = _CLOSING, _NEW
         while not rounds.poll():
             yield False
-        if not rounds.same(_READY):
-            yield from self._back_to_messages()
+        if not rounds.same(_READ):  # of memory that a device driver has mapped, say: on all ranks
+            self._fetches = ()
+            yield from self._run_programs()
 
     def _offer_own(self) -> None:
         """Copy the own shard, and tell where the others may read it until all have done so."""
+        assert self.out is not None
         self._copy_own()
-        address = self.bases()[0]["send"]
+        address = self.out.address + sum(self.sizes()[: self.core.rank])
         if self._offer[0] != address:
-            self._offer = address, Header(_READY, address=address).packed()
+            self._offer = address, Header(_OFFER, address=address).packed()
         self.core.rounds.post(self._offer[1])
         self._reached = _OFFERED
-
-    def _back_to_messages(self) -> Steps:
-        """On all ranks, as one could not read: memory that a device driver has mapped, say."""
-        self.core.peer_memory, self._fetches = None, ()
-        self.core.memos.clear()  # of calls that would read
-        yield from self._run_programs()
 
     def _copy_own(self) -> None:
         for dst, src, nbytes in self.own():

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from tasp_coll.errors import CollectiveError
 from tasp_coll.transport.peer_memory import PeerMemory
 
 PIECE = 4 << 20  # bytes in one go: between them others get their turn, and the clock is looked at
@@ -22,14 +21,6 @@ class Fetch(NamedTuple):
     peer: int
     offset: int
     nbytes: int
-
-    def quick(self, memory: PeerMemory, sources: Sequence[int], target: int) -> bool:
-        """Do it at once; whether all of it came. The same memory as of `Reading`."""
-        peer, offset, nbytes = self
-        try:
-            return memory.read(peer, sources[peer], target + offset, nbytes) == nbytes
-        except CollectiveError:  # to be found, and told, in the ordinary way
-            return False
 
 
 def fetches(rank: int, sizes: Sequence[int]) -> tuple[Fetch, ...]:
@@ -61,4 +52,4 @@ class Reading:
 
     def pending(self) -> tuple[set[int], int | None]:
         """As of a `Flow`."""
-        return {fetch.peer for fetch in self._wanted[self._at :]}, None
+        return {self._wanted[self._at].peer} if not self.done else set(), None

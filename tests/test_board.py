@@ -78,6 +78,20 @@ def test_it_says_who_is_waited_for_and_who_differs() -> None:
     assert not ranks[0].same(header(1).signature)
 
 
+def test_what_one_has_left_is_never_complete() -> None:
+    """Also a round that it took part in: what it said there need not hold any more."""
+    first, second = boards(2)
+    for number in range(3):
+        for each in (first, second):
+            each.post(header(number).packed())
+    second.leave()
+    assert not first.poll()
+    assert first.pending() == {1}
+    first.post(header(4).packed())
+    assert not first.poll()
+    assert first.pending() == {1}
+
+
 def test_whoever_waits_lets_the_library_move_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers may need that to get to their round."""
     first, _ = boards(2)

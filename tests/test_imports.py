@@ -110,7 +110,7 @@ ONLY: dict[str, set[str]] = {
         *("transport.ipc_plan", "transport.shared", "transport.stream_memory"),
     },
     "executor": {"transport"},
-    "reading": {"errors", "transport.peer_memory"},
+    "reading": {"transport.peer_memory"},
     "work": {"errors", "transport"},
     "engine": {"errors", "transport", "work"},
     "agreement": {"errors", "transport"},

@@ -390,3 +390,42 @@ def test_messages_beyond_2_gib(mpirun: MpiRun) -> None:
     ended = run(mpirun, 2, HUGE, limit_s=200)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("end\n") == 2
+
+
+LATE_READ = """
+from tasp_coll.transport.peer_memory import PeerMemory
+
+timeout = 0.6
+comm = tasp_coll.Communicator(timeout=timeout)
+if comm._core.peer_memory is None:
+    say("none")
+    sys.exit()
+send, recv = np.full(100_000, rank), np.empty((size, 100_000), np.int64)
+for _ in range(3):
+    comm.decomposed_allgather(send, recv, algorithm="direct")
+read = PeerMemory.read
+def late(*given):
+    time.sleep(4)  # as if stopped
+    PeerMemory.read = read
+    return read(*given)
+if rank == 1:
+    PeerMemory.read = late
+    try:
+        comm.decomposed_allgather(send, recv, algorithm="direct")
+        say("took", recv[:, 0])
+    except tasp_coll.PeerTimeoutError as error:
+        say("late:", error)
+else:
+    watched(lambda: comm.decomposed_allgather(send, recv, algorithm="direct"), timeout, "reads")
+    recv[:] = -1
+    time.sleep(4)
+"""
+
+
+def test_who_comes_late_to_what_others_gave_up_does_not_take_it_for_good(mpirun: MpiRun) -> None:
+    """They have waited in vain for a rank to read their results, and have changed them when it comes."""
+    ended = run(mpirun, 3, LATE_READ)
+    if "none" in ended.stdout:
+        pytest.skip("processes here cannot read each other's memory")
+    assert ended.stdout.count("timed out: reads") == 2, ended.stdout + ended.stderr
+    assert "late: decomposed_allgather: " in ended.stdout, ended.stdout + ended.stderr

@@ -24,6 +24,10 @@ pytestmark = [
 ]
 
 
+def refuse(*_: object) -> int:
+    raise CollectiveError("a device's memory")
+
+
 def reading() -> tasp_coll.Communicator:
     """A communicator whose ranks read; skips where this system forbids it."""
     comm = tasp_coll.Communicator(timeout=SECONDS)
@@ -81,15 +85,12 @@ def test_who_goes_on_spoils_nothing(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [40_000, 1_500_000])
 @pytest.mark.parametrize("good", [0, 2])
-def test_one_that_cannot_leaves_all_with_messages(rows: int, good: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first call on, or after good ones."""
-
-    def refuse(*_: object) -> int:
-        raise CollectiveError("a device's memory")
+def test_what_one_cannot_read_travels_by_messages(rows: int, good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first call on, or after good ones; later ones are read again."""
 
     with reading() as comm:
         send, recv = np.full(rows, WORLD.rank), np.empty((WORLD.size, rows), np.int64)
-        other = np.empty_like(recv)
+        other, held = np.empty_like(recv), requests_alive()
         for number in range(good + 3):
             if number == good and WORLD.rank == LAST:
                 monkeypatch.setattr(PeerMemory, "read", refuse)
@@ -97,7 +98,28 @@ def test_one_that_cannot_leaves_all_with_messages(rows: int, good: int, monkeypa
                 comm.decomposed_allgather(send, result, algorithm="direct")
                 assert (result == np.arange(WORLD.size)[:, None]).all()
                 result[:] = -1
-            assert (comm._core.peer_memory is None) == (number >= good)
+            assert (requests_alive() > held) == (number >= good)
+        monkeypatch.undo()
+        sent = requests_alive()
+        for _ in range(3):
+            comm.decomposed_allgather(send + 1, recv, algorithm="direct")
+            assert (recv == np.arange(WORLD.size)[:, None] + 1).all()
+        assert requests_alive() == sent
+
+
+def test_calls_made_before_and_works_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is remembered while another, which cannot be read, is under way."""
+    with reading() as comm:
+        send, recv = np.full(40_000, WORLD.rank), np.empty((WORLD.size, 40_000), np.int64)
+        for _ in range(3):
+            comm.decomposed_allgather(send, recv, algorithm="direct")
+        if WORLD.rank == LAST:
+            monkeypatch.setattr(PeerMemory, "read", refuse)
+        work = comm.decomposed_allgather(send + 1, algorithm="direct", async_op=True)
+        for _ in range(3):
+            comm.decomposed_allgather(send, recv, algorithm="direct")
+            assert (recv == np.arange(WORLD.size)[:, None]).all()
+        assert work.wait()[::40_000].tolist() == list(range(1, WORLD.size + 1))
 
 
 def test_one_that_cannot_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
