@@ -72,6 +72,18 @@ def test_allgather(fabric: Fabric, n: int, algorithm: str) -> None:
     check_records(fabric.records)
 
 
+def test_ranks_that_read_each_others_host_memory_do_not_read_that_of_gpus(fabric: Fabric) -> None:
+    def body(comm: Communicator) -> None:
+        comm._core.peer_memory = object()  # type: ignore[assignment]
+        for _ in range(2):
+            out = comm.decomposed_allgather(on_gpu(comm, shard(comm.rank)), algorithm="direct")
+            settled(comm)
+            assert np.array_equal(out, np.concatenate([shard(rank) for rank in range(N)]))
+
+    on_ranks(N, body)
+    check_records(fabric.records)
+
+
 @pytest.mark.parametrize("algorithm", ["auto", "rings", "direct"])
 def test_allgatherv_and_all_to_all(fabric: Fabric, algorithm: str) -> None:
     def body(comm: Communicator) -> None:
