@@ -69,9 +69,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add(
         "--early",
         type=several(integer(2)),
-        default=(100,),
+        default=(60,),
         metavar="N,M,..",
-        help="steps before the first looks, each at least 2 (default 100)",
+        help="steps before the first looks, each at least 2 (default 60)",
     )
     add("--epochs", type=integer(1), default=3, metavar="N", help="before the last (default 3)")
     add("--images", type=integer(1), default=12000, metavar="N", help="to train on (default 12000)")
