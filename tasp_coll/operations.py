@@ -17,7 +17,8 @@ from tasp_coll.executor import Flow, Program
 from tasp_coll.forecast import Choice, choice_of, direct
 from tasp_coll.linkup import LinkUp
 from tasp_coll.options import Call, Options
-from tasp_coll.reading import PIECE, Fetch, Reading, fetches
+from tasp_coll.peer_reads import CLOSING, MOVING, PeerReads
+from tasp_coll.reading import Reading
 from tasp_coll.schedule import Schedule
 from tasp_coll.transport import NativeRequest
 from tasp_coll.tuning import rule
@@ -26,13 +27,9 @@ _HALVES = ("bfloat16", "float16")
 _FAILED = bytes(16)  # the signature of a rank whose own arguments are bad
 _EXPLAIN = b"explain".ljust(16)
 _READY = b"ready".ljust(16)
-_OFFER, _READ, _UNREAD = b"offer".ljust(16), b"read".ljust(16), b"unread".ljust(16)
-_ALL_READ = Header(_READ).packed()
 _INTACT, _SPOILT = b"intact".ljust(16), b"spoilt".ljust(16)
-_AGREEING, _MOVING = "agreeing on the call", "moving data"
-_COMPARING, _CLOSING = "comparing checksums", "closing the call"
+_AGREEING, _COMPARING = "agreeing on the call", "comparing checksums"
 _QUICK_POLLS = 32
-_NEW, _GREETED, _OFFERED, _FETCHED = range(4)  # how far a call has come that `quick` leaves to `run`
 Steps = Generator[bool, None, Any]
 V = TypeVar("V")
 
@@ -51,15 +48,13 @@ class Collective:
         self.core, self.options = core, options
         self.error: CollectiveError | None = None
         self.flow: Flow | Reading | None = None
-        self._fetches: tuple[Fetch, ...] = ()  # of a call that can be repeated quickly
         self.phase = _AGREEING
         self.out: Buffer | None = None
         self.given, self.held = recv, send
         self.chosen: Choice | None = None
         self._greeting: tuple[bytes, memoryview | bytes] | None = None
-        self._offer: tuple[int, bytes] = (0, b"")  # where others may read its shard, and the header that says so
-        self._small = False
-        self._reached = _NEW
+        self._small = self._posted = False
+        self._reads = PeerReads(self)
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
             if self.send.device is not None:
@@ -203,41 +198,22 @@ class Collective:
 
     def quick(self) -> bool:
         """A call of a kind that needs rounds alone, made before; unfinished, it is left to `run`."""
-        if not (self._small or self._fetches):
+        if not (self._small or self._reads.known):
             return False
         core = self.core
         core.rounds.post(*(self._greeting or self._greet()))
-        self._reached = _GREETED
-        if not self._heard(self.call.signature):
+        self._posted = True
+        if not self.heard(self.call.signature):
             return False
         if self._small:
             self.unpack()
-        elif not self._quick_reads():
+        elif not self._reads.quick():
             return False
-        self._reached = _NEW
+        self._posted = False
         core.last_choice = self.chosen
         return True
 
-    def _quick_reads(self) -> bool:
-        """Whether all of it went well."""
-        core, rounds = self.core, self.core.rounds
-        assert self.out is not None
-        assert core.peer_memory is not None
-        self._offer_own()
-        if not self._heard(_OFFER):
-            return False
-        reading = Reading(core.peer_memory, self._fetches, rounds.addresses(), self.out.address)
-        try:
-            while not reading.done:
-                if not reading.poll():
-                    return False
-        except CollectiveError:  # comes again in `run`
-            return False
-        rounds.post(_ALL_READ)
-        self._reached = _FETCHED
-        return self._heard(_READ)
-
-    def _heard(self, signature: bytes) -> bool:
+    def heard(self, signature: bytes) -> bool:
         """Whether all say so at once, or almost."""
         rounds, pause = self.core.rounds, self.core.transport.pause
         for _ in range(_QUICK_POLLS):
@@ -248,7 +224,9 @@ class Collective:
 
     def run(self) -> Steps:
         """The collective, as the engine runs it."""
-        if self._reached <= _GREETED:
+        if self._reads.begun:  # by `quick`, after the agreement
+            self._posted = False
+        else:
             yield from self.agree()
         if self.gpu is not None:
             yield from gpu_calls.run(self, self.gpu)
@@ -260,8 +238,8 @@ class Collective:
             self.chosen = self.chosen or self.choose()
             if self.chosen is not None and self.chosen.algorithm == "native":
                 yield from self._run_native()
-            else:
-                yield from self._run_reads() if self.reads() else self._run_programs()
+            elif not (self.reads() and (yield from self._reads.run())):
+                yield from self._run_programs()
         self.core.last_choice = self.chosen
         yield from self.settle()
         return self.result()
@@ -269,7 +247,7 @@ class Collective:
     def settle(self) -> Steps:
         """Where links heal: agree on what was seen of them. No rank leaves before all have what they came for."""
         if self.core.healer is not None:
-            self.phase = _CLOSING
+            self.phase = CLOSING
             yield from self.core.healer.settle()
 
     def result(self) -> Any:
@@ -283,7 +261,7 @@ class Collective:
 
     def pending(self) -> tuple[set[int], int | None]:
         """Who is waited for; see `work.Operation`."""
-        if self.flow is not None and self.phase == _MOVING:
+        if self.flow is not None and self.phase == MOVING:
             return self.flow.pending()
         if self.linking is not None:
             return self.linking.pending()
@@ -292,9 +270,9 @@ class Collective:
     def agree(self) -> Steps:
         """The round that begins every call: all go on, or all raise."""
         rounds = self.core.rounds
-        if self._reached == _NEW:
+        if not self._posted:
             rounds.post(*self._greet())
-        self._reached = _NEW
+        self._posted = False
         while not rounds.poll():
             yield False
         if self.error is not None or not rounds.same(self.call.signature):
@@ -397,59 +375,22 @@ class Collective:
 
     def _run_programs(self) -> Steps:
         compiled = yield from self._compiled()
-        self.phase = _MOVING
+        self.phase = MOVING
         faults: list[tuple[int, ...]] = []
         if early := self.own_first():
-            self._copy_own()
+            self.copy_own()
         for index, bases in enumerate(self.bases()):
             self.flow = flow = Flow(compiled.exchange(index, bases))
             while not flow.done:
                 yield flow.poll()
             faults += [(index, *fault) for fault in flow.exchange.faults]
         if not early:
-            self._copy_own()
+            self.copy_own()
         if self.core.checksums:
             yield from self._compare(faults)
 
-    def _run_reads(self) -> Steps:
-        """Where ranks can read each other's memory: from results, which as a rule have the larger pages."""
-        core, rounds, said = self.core, self.core.rounds, _READ
-        assert self.out is not None
-        assert core.peer_memory is not None
-        if self._reached != _FETCHED:
-            if self._reached != _OFFERED:
-                self._offer_own()
-            while not rounds.poll():
-                yield False
-            wanted = fetches(core.rank, self.sizes())
-            self.flow = flow = Reading(core.peer_memory, wanted, rounds.addresses(), self.out.address)
-            self.phase = _MOVING
-            try:
-                while not flow.done:
-                    yield flow.poll()
-                self._fetches = wanted if self.repeatable and max(self.sizes()) <= PIECE else ()
-            except CollectiveError:
-                said = _UNREAD
-            self.flow = None
-            rounds.post(Header(said).packed())
-        self.phase, self._reached = _CLOSING, _NEW
-        while not rounds.poll():
-            yield False
-        if not rounds.same(_READ):  # of memory that a device driver has mapped, say: on all ranks
-            self._fetches = ()
-            yield from self._run_programs()
-
-    def _offer_own(self) -> None:
-        """Copy the own shard, and tell where the others may read it until all have done so."""
-        assert self.out is not None
-        self._copy_own()
-        address = self.out.address + sum(self.sizes()[: self.core.rank])
-        if self._offer[0] != address:
-            self._offer = address, Header(_OFFER, address=address).packed()
-        self.core.rounds.post(self._offer[1])
-        self._reached = _OFFERED
-
-    def _copy_own(self) -> None:
+    def copy_own(self) -> None:
+        """What is its own of the result."""
         for dst, src, nbytes in self.own():
             ctypes.memmove(dst, src, nbytes)
 

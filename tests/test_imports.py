@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "bootstrap": ("bootstrap", "linkup"),
     "healing": ("healing",),
     "collectives": (
-        *("options", "gpu_graphs", "gpu_calls", "operations", "collectives"),
+        *("options", "gpu_graphs", "gpu_calls", "peer_reads", "operations", "collectives"),
         *("gpu_steps", "openings", "arrivals", "streams"),
     ),
     "communicator": ("communicator", "functions", "probe"),

@@ -1,0 +1,114 @@
+"""A direct allgather by reads, as rounds and what is done between them.
+
+Each rank copies its own shard into its result and tells where that is; when all have, it reads the others' from
+theirs, which as a rule have larger pages than what was sent; and when all have read, results belong to the callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Protocol
+
+from tasp_coll.agreement import Header
+from tasp_coll.arrays import Buffer
+from tasp_coll.core import Core
+from tasp_coll.errors import CollectiveError
+from tasp_coll.reading import PIECE, Fetch, Reading, fetches
+
+_OFFER, _READ, _UNREAD = b"offer".ljust(16), b"read".ljust(16), b"unread".ljust(16)
+_ALL_READ = Header(_READ).packed()
+MOVING, CLOSING = "moving data", "closing the call"
+_NEW, _OFFERED, _FETCHED = range(3)
+
+
+class Reader(Protocol):
+    """What a collective call says of itself; `operations.Collective` documents each."""
+
+    core: Core
+    out: Buffer | None
+    flow: Any
+    phase: str
+    repeatable: bool
+
+    def sizes(self) -> tuple[int, ...]: ...
+    def copy_own(self) -> None: ...
+    def heard(self, signature: bytes) -> bool: ...
+
+
+class PeerReads:
+    """A call's reads, kept from one run to the next. `known`: made before, and short enough for `quick`."""
+
+    def __init__(self, call: Reader) -> None:
+        self._call, self._rounds = call, call.core.rounds
+        self._known: tuple[Fetch, ...] = ()
+        self._offer: tuple[int, bytes] = (0, b"")  # where others may read, and the header that says so
+        self._reached = _NEW
+
+    @property
+    def known(self) -> bool:
+        return bool(self._known)
+
+    @property
+    def begun(self) -> bool:
+        """By a `quick` that did not end."""
+        return self._reached != _NEW
+
+    def quick(self) -> bool:
+        """All at once, if nobody is late; whether it was. What is not done `run` does."""
+        self._post_offer()
+        if not self._call.heard(_OFFER):
+            return False
+        reading = self._reading(self._known)
+        try:
+            while not reading.done:
+                if not reading.poll():
+                    return False
+        except CollectiveError:  # comes again in `run`
+            return False
+        self._rounds.post(_ALL_READ)
+        self._reached = _FETCHED
+        if not self._call.heard(_READ):
+            return False
+        self._reached = _NEW
+        return True
+
+    def run(self) -> Generator[bool, None, bool]:
+        """Whether all could read all: device drivers may have mapped memory that cannot be read so."""
+        call, rounds = self._call, self._rounds
+        if self._reached == _NEW:
+            self._post_offer()
+        if self._reached == _OFFERED:
+            while not rounds.poll():
+                yield False
+            wanted = fetches(call.core.rank, call.sizes())
+            call.flow = flow = self._reading(wanted)
+            call.phase = MOVING
+            try:
+                while not flow.done:
+                    yield flow.poll()
+                self._known = wanted if call.repeatable and max(call.sizes()) <= PIECE else ()
+                rounds.post(_ALL_READ)
+            except CollectiveError:
+                rounds.post(Header(_UNREAD).packed())
+            call.flow = None
+        self._reached, call.phase = _NEW, CLOSING
+        while not rounds.poll():
+            yield False
+        self._known = self._known if rounds.same(_READ) else ()
+        return rounds.same(_READ)
+
+    def _post_offer(self) -> None:
+        call = self._call
+        assert call.out is not None
+        call.copy_own()
+        address = call.out.address + sum(call.sizes()[: call.core.rank])
+        if self._offer[0] != address:
+            self._offer = address, Header(_OFFER, address=address).packed()
+        self._rounds.post(self._offer[1])
+        self._reached = _OFFERED
+
+    def _reading(self, wanted: tuple[Fetch, ...]) -> Reading:
+        memory, out = self._call.core.peer_memory, self._call.out
+        assert memory is not None
+        assert out is not None
+        return Reading(memory, wanted, self._rounds.addresses(), out.address)
