@@ -36,7 +36,10 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
             bits.plot(*_over_steps(row, lambda run: run.history, operand), color=colour, linestyle=style)
     for operand, style in _STYLES.items():
         bits.plot([], [], color="black", linestyle=style, label=operand)
-    accuracy.set(title="held-out accuracy, mean over seeds", xlabel="step", ylabel="%")
+    accuracy.set(xlabel="step", ylabel="%")
+    accuracy.set_title(
+        "held-out accuracy, mean over seeds (the last on all examples, those before on some)", fontsize=10
+    )
     bits.set(title="mean bits", xlabel="step", ylim=(0, 8.5))
     cycles.set(title="modelled cycles of a bit-scalable array (no wall-clock)", xlabel="step")
     for axes in (accuracy, bits, cycles):
