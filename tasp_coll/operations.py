@@ -54,7 +54,7 @@ class Collective:
         self.chosen: Choice | None = None
         self._greeting: tuple[bytes, memoryview | bytes] | None = None
         self._small = self._posted = False
-        self._reads = PeerReads(self)
+        self._reads = PeerReads()
         try:
             self.send = arrays.packed(arrays.describe(send, "send"))
             if self.send.device is not None:
@@ -207,7 +207,7 @@ class Collective:
             return False
         if self._small:
             self.unpack()
-        elif not self._reads.quick():
+        elif not self._reads.quick(self):
             return False
         self._posted = False
         core.last_choice = self.chosen
@@ -238,7 +238,7 @@ class Collective:
             self.chosen = self.chosen or self.choose()
             if self.chosen is not None and self.chosen.algorithm == "native":
                 yield from self._run_native()
-            elif not (self.reads() and (yield from self._reads.run())):
+            elif not (self.reads() and (yield from self._reads.run(self))):
                 yield from self._run_programs()
         self.core.last_choice = self.chosen
         yield from self.settle()

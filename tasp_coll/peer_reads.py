@@ -36,10 +36,12 @@ class Reader(Protocol):
 
 
 class PeerReads:
-    """A call's reads, kept from one run to the next. `known`: made before, and short enough for `quick`."""
+    """What a call keeps of its reads from one run to the next. `known`: made before, and short enough for `quick`.
 
-    def __init__(self, call: Reader) -> None:
-        self._call, self._rounds = call, call.core.rounds
+    It does not keep the call, which keeps it: arrays go when the last reference does, not when cycles are looked for.
+    """
+
+    def __init__(self) -> None:
         self._known: tuple[Fetch, ...] = ()
         self._offer: tuple[int, bytes] = (0, b"")  # where others may read, and the header that says so
         self._reached = _NEW
@@ -53,35 +55,35 @@ class PeerReads:
         """By a `quick` that did not end."""
         return self._reached != _NEW
 
-    def quick(self) -> bool:
+    def quick(self, call: Reader) -> bool:
         """All at once, if nobody is late; whether it was. What is not done `run` does."""
-        self._post_offer()
-        if not self._call.heard(_OFFER):
+        self._post_offer(call)
+        if not call.heard(_OFFER):
             return False
-        reading = self._reading(self._known)
+        reading = _reading(call, self._known)
         try:
             while not reading.done:
                 if not reading.poll():
                     return False
         except CollectiveError:  # comes again in `run`
             return False
-        self._rounds.post(_ALL_READ)
+        call.core.rounds.post(_ALL_READ)
         self._reached = _FETCHED
-        if not self._call.heard(_READ):
+        if not call.heard(_READ):
             return False
         self._reached = _NEW
         return True
 
-    def run(self) -> Generator[bool, None, bool]:
+    def run(self, call: Reader) -> Generator[bool, None, bool]:
         """Whether all could read all: device drivers may have mapped memory that cannot be read so."""
-        call, rounds = self._call, self._rounds
+        rounds = call.core.rounds
         if self._reached == _NEW:
-            self._post_offer()
+            self._post_offer(call)
         if self._reached == _OFFERED:
             while not rounds.poll():
                 yield False
             wanted = fetches(call.core.rank, call.sizes())
-            call.flow = flow = self._reading(wanted)
+            call.flow = flow = _reading(call, wanted)
             call.phase = MOVING
             try:
                 while not flow.done:
@@ -97,18 +99,17 @@ class PeerReads:
         self._known = self._known if rounds.same(_READ) else ()
         return rounds.same(_READ)
 
-    def _post_offer(self) -> None:
-        call = self._call
+    def _post_offer(self, call: Reader) -> None:
         assert call.out is not None
         call.copy_own()
         address = call.out.address + sum(call.sizes()[: call.core.rank])
         if self._offer[0] != address:
             self._offer = address, Header(_OFFER, address=address).packed()
-        self._rounds.post(self._offer[1])
+        call.core.rounds.post(self._offer[1])
         self._reached = _OFFERED
 
-    def _reading(self, wanted: tuple[Fetch, ...]) -> Reading:
-        memory, out = self._call.core.peer_memory, self._call.out
-        assert memory is not None
-        assert out is not None
-        return Reading(memory, wanted, self._rounds.addresses(), out.address)
+
+def _reading(call: Reader, wanted: tuple[Fetch, ...]) -> Reading:
+    assert call.core.peer_memory is not None
+    assert call.out is not None
+    return Reading(call.core.peer_memory, wanted, call.core.rounds.addresses(), call.out.address)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -120,6 +122,21 @@ def test_calls_made_before_and_works_between_them(monkeypatch: pytest.MonkeyPatc
             comm.decomposed_allgather(send, recv, algorithm="direct")
             assert (recv == np.arange(WORLD.size)[:, None]).all()
         assert work.wait()[::40_000].tolist() == list(range(1, WORLD.size + 1))
+
+
+def test_no_array_is_kept_alive() -> None:
+    gc.disable()
+    try:
+        with reading() as comm:
+            for give in (True, False):
+                send, recv = np.ones(70_000), np.empty(WORLD.size * 70_000)
+                for _ in range(3):
+                    found = comm.decomposed_allgather(send, recv if give else None, algorithm="direct")
+                watched = [weakref.ref(array) for array in (send, recv, found)]
+                del send, recv, found
+                assert [ref() for ref in watched] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_one_that_cannot_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
