@@ -243,22 +243,18 @@ def exchange_texts(rounds: Rounds, text: str) -> Generator[bool, None, list[str]
 
 @dataclass
 class Meet(_Round):
-    """The operation after which ranks that all share memory use it for their rounds. wanted: by this rank.
-
-    peer_memory: by which they read each other's, where they can.
-    """
+    """The operation after which ranks that all share memory use it for their rounds. wanted: by this rank."""
 
     wanted: bool
     transport: Transport
-    peer_memory: PeerMemory | None = None
 
-    def run(self) -> Generator[bool, None, Rounds]:
-        """The rounds from now on: these, or by way of a board."""
+    def run(self) -> Generator[bool, None, tuple[Rounds, PeerMemory | None]]:
+        """The rounds from now on: these, or by way of a board; and that by which ranks read each other's memory."""
         here = place() if self.wanted else ""
         mark = blake2b(here.encode(), digest_size=16).hexdigest() if here else ""
         marks = yield from exchange_texts(self.rounds, mark)
         if "" in marks or len(set(marks)) > 1:
-            return self.rounds
+            return self.rounds, None
         total, path, memory = board_bytes(self.rounds.size), "", None
         with ExitStack() as leaving:
             if self.rounds.rank == 0:
@@ -270,13 +266,13 @@ class Meet(_Round):
                 memory = opened(path, total) if path else None
             texts = yield from exchange_texts(self.rounds, "" if memory is None else "here")
         if memory is None or "" in texts:
-            return self.rounds
-        yield from self._introduce()
+            return self.rounds, None
+        peer_memory = yield from self._peer_memory()
         self.rounds.close()
-        return Board(self.transport, memory)
+        return Board(self.transport, memory), peer_memory
 
-    def _introduce(self) -> Generator[bool, None, None]:
-        """Find out whether all can read the memory of all."""
+    def _peer_memory(self) -> Generator[bool, None, PeerMemory | None]:
+        """None where not all can read the memory of all."""
         mine, _held = Proof.laid()
         texts = yield from exchange_texts(self.rounds, json.dumps([mine.process, mine.address, mine.content.hex()]))
         told = [json.loads(text) for text in texts]
@@ -285,8 +281,8 @@ class Meet(_Round):
         with suppress(OSError):
             found = PeerMemory([proof.process for proof in proofs])
         works = found is not None and found.works(proofs)
-        if all((yield from exchange_texts(self.rounds, "works" if works else ""))):
-            self.peer_memory = found
+        texts = yield from exchange_texts(self.rounds, "works" if works else "")
+        return found if all(texts) else None
 
 
 @dataclass

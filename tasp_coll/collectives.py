@@ -55,7 +55,7 @@ class AllGather(Collective):
 
     def bases(self) -> Sequence[dict[str, int]]:
         assert self.out is not None
-        return ({"send": self._home() if self.own_first() else self.send.address, "recv": self.out.address},)
+        return ({"send": self.home() if self.own_first() else self.send.address, "recv": self.out.address},)
 
     def unpack(self) -> None:
         assert self.out is not None
@@ -73,7 +73,7 @@ class AllGather(Collective):
         target[...] = source
 
     def own(self) -> list[tuple[int, int, int]]:
-        place = self._home()
+        place = self.home()
         return [(place, self.send.address, self.send.nbytes)] if place != self.send.address else []
 
     def own_first(self) -> bool:
@@ -92,8 +92,7 @@ class AllGather(Collective):
         direct = self.chosen is not None and self.chosen.algorithm == "direct"
         return direct and self.gpu is None and self.core.size > 1
 
-    def _home(self) -> int:
-        """Address of this rank's shard in the result."""
+    def home(self) -> int:
         assert self.out is not None
         return self.out.address + sum(self.sizes()[: self.core.rank])
 

@@ -415,8 +415,7 @@ def _meet(transport: Transport, timeout: float, wishes: bootstrap.Wishes) -> Cor
     native = transport.name == "mpi" and not (wishes.self_heal or wishes.checksums)
     peer_memory = None
     if transport.name == "mpi" and transport.size > 1 and not wishes.self_heal:
-        meet = bootstrap.Meet(rounds, wishes.shares, transport)
-        rounds, peer_memory = engine.run(meet), meet.peer_memory
+        rounds, peer_memory = engine.run(bootstrap.Meet(rounds, wishes.shares, transport))
     different = len(set(hosts))
     situation = tuning.Situation(found, wishes.given, different, native, shared=different == 1)
     core = Core(transport, found, situation, rounds, engine)

@@ -129,6 +129,10 @@ class Collective:
         """Whether ranks read each other's shards in their memory, in place of messages."""
         return False
 
+    def home(self) -> int:
+        """Address of this rank's shard in the result, where the others read it."""
+        raise NotImplementedError
+
     def native(self) -> NativeRequest:
         """For the library's own collective."""
         raise NotImplementedError
@@ -205,11 +209,11 @@ class Collective:
         self._posted = True
         if not self.heard(self.call.signature):
             return False
+        self._posted = False
         if self._small:
             self.unpack()
         elif not self._reads.quick(self):
             return False
-        self._posted = False
         core.last_choice = self.chosen
         return True
 
@@ -224,9 +228,7 @@ class Collective:
 
     def run(self) -> Steps:
         """The collective, as the engine runs it."""
-        if self._reads.begun:  # by `quick`, after the agreement
-            self._posted = False
-        else:
+        if not self._reads.begun:  # by `quick`, after the agreement
             yield from self.agree()
         if self.gpu is not None:
             yield from gpu_calls.run(self, self.gpu)

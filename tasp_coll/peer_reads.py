@@ -31,6 +31,7 @@ class Reader(Protocol):
     repeatable: bool
 
     def sizes(self) -> tuple[int, ...]: ...
+    def home(self) -> int: ...
     def copy_own(self) -> None: ...
     def heard(self, signature: bytes) -> bool: ...
 
@@ -100,9 +101,8 @@ class PeerReads:
         return rounds.same(_READ)
 
     def _post_offer(self, call: Reader) -> None:
-        assert call.out is not None
         call.copy_own()
-        address = call.out.address + sum(call.sizes()[: call.core.rank])
+        address = call.home()
         if self._offer[0] != address:
             self._offer = address, Header(_OFFER, address=address).packed()
         call.core.rounds.post(self._offer[1])
