@@ -134,8 +134,10 @@ class Board(Rounds):
         return self._side.signatures.tobytes() == signature * self.size
 
     def leave(self) -> None:
-        """As in `Rounds`: a round that others have still to take part in is never complete any more. Results of this rank
-        may change from now on, and who comes late has perhaps still to read them."""
+        """As in `Rounds`: a round that others have still to take part in is never complete any more.
+
+        Results of this rank may change from now on, and who comes late has perhaps still to read them.
+        """
         if self.pending():
             self._side.number[0] = _LEFT
 
