@@ -96,7 +96,8 @@ class Engine:
             except StopIteration as stop:
                 return stop.value
             except BaseException as error:
-                raise self.judge(error, operation) from error.__cause__
+                told = self.judge(error, operation)
+                raise told from told.__cause__
 
     def submit(self, operation: Operation) -> Work:
         """Queue an operation; it goes on in the background where the transport allows."""
@@ -173,13 +174,14 @@ class Engine:
         if isinstance(error, _HARMLESS) or self.broken:
             return error
         self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier: {error!r}"
+        whose = _whose(operation)
         lost = isinstance(error, PeerTimeoutError)
         self.farewell()
         self.transport.abandon(operation, list(self._queue), list(self._streams), lost=lost)
         self._fail_all(but=operation)
         if isinstance(error, (CollectiveError, MemoryError)) or not isinstance(error, Exception):
             return error
-        told = CollectiveError(f"{operation.name} failed in the {self.transport.name} transport: {error}")
+        told = CollectiveError(f"{operation.name} failed in the {self.transport.name} transport{whose}: {error}")
         told.__cause__ = error
         return told
 
@@ -358,6 +360,15 @@ class Engine:
         except CollectiveError as error:
             self.judge(error, head.operation)
             head.fail(error)
+
+
+def _whose(operation: Operation) -> str:
+    """Whose messages were under way when a library failed that does not say whom it failed with."""
+    try:
+        peers, _ = operation.pending()
+    except Exception:  # it asks the library, which may fail once more
+        return ""
+    return f" while it waited for {name_ranks(sorted(peers))}" if peers else ""
 
 
 def _dead_links(alarms: Alarms) -> tuple[tuple[int, int], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -28,7 +29,7 @@ from tasp_coll import (
     Topology,
     plan,
 )
-from tasp_coll.transport.loopback import LoopbackTransport, LoopbackWorld
+from tasp_coll.transport.loopback import LoopbackTransport, LoopbackWorld, _LoopbackBatch
 
 N, ODD = 4, 2
 Call = Callable[[Communicator], Any]
@@ -557,6 +558,30 @@ def blames(error: BaseException | None, call: str) -> None:
     assert error.peers == (1,)
     assert error.call == call
     assert f"{call}: no answer from rank 1" in str(error)
+
+
+@pytest.mark.parametrize("method", ["test_some", "test_all"])
+def test_a_library_that_fails_without_saying_with_whom(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(batch: object) -> None:
+        raise RuntimeError("see the field of the status")
+
+    ready = threading.Barrier(N)
+
+    def prepare(comm: Communicator) -> None:
+        works(comm)
+        ready.wait(20)
+
+    def body(comm: Communicator) -> None:
+        prepare(comm)
+        monkeypatch.setattr(_LoopbackBatch, method, fails)
+        error = attempt(lambda: comm.decomposed_allgather(ones(9000), algorithm="rings"))
+        assert isinstance(error, CollectiveError)
+        assert isinstance(error.__cause__, RuntimeError)
+        said = "decomposed_allgather failed in the loopback transport while it waited for rank"
+        assert re.match(rf"{said}s? .*: see the field", str(error))
+        unusable(comm)
+
+    silent(N, body, prepare)
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])

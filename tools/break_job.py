@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from break_peers_verdict import names
 from vcluster_job import mpiexec
 
 HOWS = ("stop", "kill", "raise", "silent", "interrupt")
@@ -208,7 +209,7 @@ def _fault(job: _Job, errors: dict[int, dict[str, Any]], ended: float) -> str:
             return f"rank {rank} raised {note['error']}: {note['message']}"
         if note["took"] > late:
             return f"rank {rank} waited for {note['took']:.1f} s"
-        if f"rank {case.victim}" not in note["message"] and case.how != "interrupt":
+        if not names(note["message"], [case.victim]) and case.how != "interrupt":
             return f"rank {rank} does not name rank {case.victim}: {note['message']}"
     if len(errors) < case.ranks - 1 and (case.how in ("stop", "silent") or ended > _AT_ONCE_SECONDS):
         return f"{case.ranks - 1 - len(errors)} survivors raised nothing, and the job ended after {ended:.1f} s"

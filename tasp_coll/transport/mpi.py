@@ -28,7 +28,7 @@ _FINALIZE_SECONDS = 2.0
 _FIRST_TAG = 1
 _SLEEP_POLLS = 5000  # some milliseconds of yielding without news
 _OPS = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
-_start_all, _test_all = MPI.Prequest.Startall, MPI.Request.Testall
+_start_all, _test_all, _test_some = MPI.Prequest.Startall, MPI.Request.Testall, MPI.Request.Testsome
 _open: set[MpiTransport] = set()  # also of communicators that were dropped: their requests are freed at exit
 _abandoned: list[Any] = []
 _peers_lost = False
@@ -140,18 +140,23 @@ class _MpiBatch:
         self.requests, self._freed = requests, freed
         self._active: list[MPI.Prequest] = []
         self._numbers: list[int] = []
+        self._failed: list[int] = []  # what was under way when MPI gave an error, which does not say whose it is
 
     def start(self, indices: Sequence[int]) -> None:
         fresh = [self.requests[index] for index in indices]
         self._active += fresh
         self._numbers += indices
-        MPI.Prequest.Startall(fresh)
+        _start_all(fresh)
 
     def start_all(self) -> None:
         _start_all(self.requests)
 
     def test_some(self) -> list[int]:
-        found = MPI.Request.Testsome(self._active) if self._active else None
+        try:
+            found = _test_some(self._active) if self._active else None
+        except MPI.Exception:
+            self._failed = list(self._numbers)
+            raise
         if not found:
             return []
         done = [self._numbers[place] for place in found]
@@ -164,10 +169,14 @@ class _MpiBatch:
     def test_all(self) -> bool:
         # More ranks than cores: after a few tests the core is worth more to another rank.
         requests = self.requests
-        return _test_all(requests) or _test_all(requests) or _test_all(requests)
+        try:
+            return _test_all(requests) or _test_all(requests) or _test_all(requests)
+        except MPI.Exception:
+            self._failed = list(range(len(requests)))
+            raise
 
     def pending(self) -> list[int]:
-        return [index for index, request in enumerate(self.requests) if not request.Get_status()]
+        return self._failed or [index for index, request in enumerate(self.requests) if not request.Get_status()]
 
     def free(self) -> None:
         for request in self.requests:
@@ -194,7 +203,7 @@ class _MpiPool:
         return number
 
     def test(self) -> list[int]:
-        found = MPI.Request.Testsome(self._requests) if self._requests else None
+        found = _test_some(self._requests) if self._requests else None
         if not found:
             return []
         done = [self._numbers[place] for place in found]

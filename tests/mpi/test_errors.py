@@ -13,6 +13,8 @@ from mpi4py import MPI
 
 import tasp_coll
 from tasp_coll import Communicator, MismatchError
+from tasp_coll.transport import Op, mpi
+from tasp_coll.transport.mpi import MpiTransport
 
 RANK, N = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 ODD = N - 1  # the rank that does something else
@@ -295,3 +297,26 @@ def test_a_closed_communicator_says_so() -> None:
     for call in (comm.decomposed_allgather, comm.decomposed_allreduce, comm.all_to_all, comm.allgather_steps):
         with pytest.raises(tasp_coll.CollectiveError, match="closed"):
             call(np.zeros(N))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["some", "all"])
+def test_what_was_under_way_when_mpi_failed(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPI says that there was an error, and not with whom; what failed counts as done then."""
+
+    def fails(requests: object) -> None:
+        MPI.Request.Waitall(requests)  # type: ignore[arg-type]
+        raise MPI.Exception(MPI.ERR_IN_STATUS)
+
+    x, y = np.ones(3), np.zeros(3)
+    transport = MpiTransport(MPI.COMM_SELF.Dup(), 1)
+    batch = transport.prepare([Op(True, 0, 0, x.ctypes.data, x.nbytes), Op(False, 0, 0, y.ctypes.data, y.nbytes)])
+    with monkeypatch.context() as patch:
+        patch.setattr(mpi, "_test_all" if whole else "_test_some", fails)
+        if whole:
+            batch.start_all()
+        else:
+            batch.start([0, 1])
+        with pytest.raises(MPI.Exception):
+            batch.test_all() if whole else batch.test_some()
+    assert batch.pending() == [0, 1]
+    transport.close()
