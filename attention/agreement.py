@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from tasp_coll import ArgumentError, CollectiveError, MismatchError
 
 _DIGEST = 16
-_FIELDS = 2  # tokens, and a figure of the caller's
+_FIELDS = 3  # tokens, and two figures of the caller's
 
 
 class Agreed:
-    """What all ranks said: `tokens` of each, and rank 0's `figure`."""
+    """What all ranks said: `tokens` of each, and rank 0's `figures`."""
 
-    def __init__(self, tokens: tuple[int, ...], figure: float) -> None:
-        self.tokens, self.figure = tokens, figure
+    def __init__(self, tokens: tuple[int, ...], figures: tuple[float, float]) -> None:
+        self.tokens, self.figures = tokens, figures
 
 
 def agree(
@@ -34,7 +34,7 @@ def agree(
     described: dict[str, object],
     error: CollectiveError | None = None,
     tokens: int = 0,
-    figure: float = 0.0,
+    figures: tuple[float, float] = (0.0, 0.0),
 ) -> Agreed:
     """Collective. described: what must be the same on all ranks, in words.
 
@@ -45,12 +45,12 @@ def agree(
     header = np.zeros(1 + _DIGEST + 8 * _FIELDS, np.uint8)
     header[0] = error is not None
     header[1 : 1 + _DIGEST] = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=_DIGEST).digest(), np.uint8)
-    header[1 + _DIGEST :] = np.array([tokens, figure], np.float64).view(np.uint8)
+    header[1 + _DIGEST :] = np.array([tokens, *figures], np.float64).view(np.uint8)
     headers = comm.decomposed_allgather(header[None])
     if headers[:, 0].any() or (headers[:, : 1 + _DIGEST] != headers[0, : 1 + _DIGEST]).any():
         _differ(comm, call, text, error)
-    figures = np.ascontiguousarray(headers[:, 1 + _DIGEST :]).view(np.float64)
-    return Agreed(tuple(int(count) for count in figures[:, 0]), float(figures[0, 1]))
+    said = np.ascontiguousarray(headers[:, 1 + _DIGEST :]).view(np.float64)
+    return Agreed(tuple(int(count) for count in said[:, 0]), (float(said[0, 1]), float(said[0, 2])))
 
 
 def _differ(comm: Any, call: str, text: str, error: CollectiveError | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.blocks import FULL, TURNED, Block, Layout, Task, local_blocks, places, positions_of, step_blocks
-from attention.partition import Indices
+from attention.partition import STRETCH, Indices
 from attention.sequence import checked
 from tasp_coll import Schedule, ScheduleError
 
@@ -43,10 +43,12 @@ def check_work(
     is_causal: bool = True,
     cu_seqlens: Sequence[int] | None = None,
     window: int | None = None,
+    stretch: float = STRETCH,
 ) -> Work:
     """Replay what every rank computes on a schedule for allgather, with `total` tokens.
 
-    The backward sweep's schedule is planned with reverse=True.
+    The backward sweep's schedule is planned with reverse=True. stretch: as in `Communicator.allgather_steps`; attention
+    takes more than the usual where computing hides longer chunks.
 
     Raises ScheduleError, naming rank and step, for a pair that is computed twice, or not at all, or must not be. Takes
     time and a table of total * total / ranks entries: for lengths up to some ten thousand.
@@ -56,7 +58,7 @@ def check_work(
     found = []
     for rank in range(schedule.ranks):
         task = Task(partition, window, rank)
-        arrivals: Any = schedule.arrivals(rank, rows, partition.align)
+        arrivals: Any = schedule.arrivals(rank, rows, partition.align, stretch)
         layouts = [tuple((row.source, row.start, row.stop) for row in step) for step in arrivals]
         found.append(check_rank(task, layouts))
     return Work(np.array(found))

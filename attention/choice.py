@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 from attention.forecast import Measured, Problem, Travel, forecast, operations, pairs
 from attention.kernels import kernel_for
 from attention.kv_bits import Bits
-from attention.partition import Partition
+from attention.partition import STRETCH, Partition
 
 _PROBE_TOKENS = 256
 _TIE = 1.02  # who is not faster than that by the model is not taken instead of a simpler one
+_CORE_PEAK, _CORE_HALF_PEAK, _GPU_PEAK = 2.0**37, 2.0**40, 2.0**51  # of a core, in 4 bytes and 2; of a GPU
+_LONGEST = 1.0  # chunks of twice the length, and others as much shorter
 _GATHERED_BYTES = 64 << 20  # "allgather" only where all keys and values take no more
 
 Model = Callable[[int, str], float | None]  # (shard bytes, algorithm) -> seconds of an allgather
@@ -44,28 +47,63 @@ def rate_of(query: Tensor) -> float:
     return _rate(query.dtype, query.device, query.shape[3])
 
 
-def choose(
-    comm: Any,
-    partition: Partition,
-    window: int | None,
-    query: Tensor,
-    key: Tensor,
-    rate: float,
-    bits: Bits | None = None,
-) -> str:
-    """The method for this call. Where no topology is named there is no model: one ring, which nothing disturbs."""
-    batch, heads, _, dim = query.shape
-    problem = Problem(
-        *(comm.size, partition.total, batch, heads, key.shape[1], dim, key.element_size(), partition.causal),
-        window=window,
-        kv_bits=None if bits is None else bits.on_wire(dim),
-    )
-    work = operations(batch, heads, dim, pairs(partition.documents, partition.causal, window))
-    found = seconds(comm.predicted_seconds, problem, work / comm.size / max(rate, 1.0))
-    if not found:
-        return "ring"
-    least = min(found.values())
-    return next(method for method, taken in found.items() if taken <= least * _TIE)
+def peak_of(query: Tensor) -> float:
+    """Floating point operations per second that no kernel here reaches: not measured, so that it is always the same."""
+    if query.device.type != "cpu":
+        return _GPU_PEAK
+    return torch.get_num_threads() * (_CORE_PEAK if query.element_size() >= 4 else _CORE_HALF_PEAK)
+
+
+@dataclass(frozen=True)
+class Call:
+    """An attention on the communicator's links."""
+
+    comm: Any  # tasp_coll.Communicator
+    partition: Partition
+    problem: Problem
+
+    @classmethod
+    def of(
+        cls, comm: Any, partition: Partition, window: int | None, query: Tensor, key: Tensor, bits: Bits | None
+    ) -> Call:
+        """query (B, H, L, D) and key (B, Hkv, L, D)."""
+        batch, heads, _, dim = query.shape
+        problem = Problem(
+            *(comm.size, partition.total, batch, heads, key.shape[1], dim, key.element_size(), partition.causal),
+            window=window,
+            kv_bits=None if bits is None else bits.on_wire(dim),
+        )
+        return cls(comm, partition, problem)
+
+    @property
+    def operations(self) -> float:
+        """Of one rank."""
+        problem = self.problem
+        seen = pairs(self.partition.documents, problem.causal, problem.window)
+        return operations(problem.batch, problem.heads, problem.head_dim, seen) / problem.ranks
+
+    def method(self, rate: float) -> str:
+        """The fastest one. Where no topology is named there is no model: one ring, which nothing disturbs."""
+        found = seconds(self.comm.predicted_seconds, self.problem, self.operations / max(rate, 1.0))
+        if not found:
+            return "ring"
+        least = min(found.values())
+        return next(method for method, taken in found.items() if taken <= least * _TIE)
+
+    def stretch(self, method: str, peak: float) -> float:
+        """What share of its length a chunk may be longer by, so that it begins where the kernel likes it.
+
+        As far as computing surely hides the transfer. That decides in which order keys are added up, so it must be the
+        same in every run: it goes by `peak_of`, not by a measured speed.
+        """
+        ranks = self.problem.ranks
+        if method != "tasp" or ranks == 1:  # one ring carries whole shards
+            return STRETCH
+        moved = self.comm.predicted_seconds(self.problem.wire_bytes, "rings")
+        if not moved:
+            return STRETCH
+        hides = self.operations / ranks / peak / (moved / (ranks - 1))
+        return min(max(hides - 1, STRETCH), _LONGEST)
 
 
 def seconds(model: Model, problem: Problem, compute: float) -> dict[str, float]:

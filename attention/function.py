@@ -84,15 +84,16 @@ def context_parallel_attention(
         error = bad
     tokens = query.shape[2] if error is None else 0
     rate = choice.rate_of(query) if method == "auto" and error is None else 0.0
-    agreed = agree(comm, _CALL, described, error, tokens, rate)
+    peak = choice.peak_of(query) if error is None else 0.0
+    agreed = agree(comm, _CALL, described, error, tokens, (rate, peak))
     partition = checked(sum(agreed.tokens), comm.size, is_causal, bounds)
     check_tokens(agreed.tokens, partition, "query")
     if attn_mask is not None:
         _check_mask(comm, attn_mask, Task(partition, window, comm.rank))
-    name = method
-    if method == "auto":
-        name = choice.choose(comm, partition, window, query, key, agreed.figure, Bits.of(kv_bits))
-    return _attend(comm, partition, request, name)
+    rate, peak = agreed.figures
+    call = choice.Call.of(comm, partition, window, query, key, Bits.of(kv_bits))
+    name = call.method(rate) if method == "auto" else method
+    return _attend(comm, partition, request, name, call.stretch(name, peak))
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Request:
         }
 
 
-def _attend(comm: Any, partition: Partition, request: Request, method: str) -> Tensor:
+def _attend(comm: Any, partition: Partition, request: Request, method: str, stretch: float) -> Tensor:
     query, key, value = request.query, request.key, request.value
     scale = 1 / math.sqrt(query.shape[3]) if request.scale is None else float(request.scale)
     compute = Compute(kernel_for(query), scale)
@@ -191,7 +192,7 @@ def _attend(comm: Any, partition: Partition, request: Request, method: str) -> T
         if bits is not None:
             with torch.no_grad(), span("pack"):
                 codec = codec_for(comm, bits, query, key, value, scale, partition.total)
-        job = Job(comm, Task(partition, request.window, comm.rank), compute, codec)
+        job = Job(comm, Task(partition, request.window, comm.rank), compute, codec, stretch)
         return _Attention.apply(query, key, value, job, Local() if comm.size == 1 else _STEPWISE[method])
     exchange = Exchange(comm, partition)
     bounds = partition.documents if len(partition.documents) > 2 else None

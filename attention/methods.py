@@ -21,7 +21,7 @@ from attention.blocks import Layout, Task, gathered_blocks, local_blocks, step_b
 from attention.compute import Compute, Gradients, Part, Saved
 from attention.kernel_parts import wide
 from attention.merge import Partial
-from attention.partition import Indices
+from attention.partition import STRETCH, Indices
 from attention.tracing import note, span
 from attention.wire_bits import Codec
 
@@ -30,13 +30,19 @@ from attention.wire_bits import Codec
 class Job:
     """One rank's side of an attention: what is to be computed, with what, and who the others are.
 
-    codec: by which keys and values travel; None: as they are.
+    codec: by which keys and values travel; None: as they are. stretch: as in `Communicator.allgather_steps`.
     """
 
     comm: Any  # tasp_coll.Communicator
     task: Task
     compute: Compute
     codec: Codec | None = None
+    stretch: float = STRETCH
+
+    @property
+    def grain(self) -> dict[str, Any]:
+        """How shards are cut into chunks."""
+        return {"align": self.task.partition.align, "stretch": self.stretch}
 
     def sent(self, tokens: Tensor) -> Tensor:
         """(..., 2, B, Hkv, D) as it travels."""
@@ -85,9 +91,7 @@ class Rings:
         home = wire.empty(partition, rank, key, dtype)
         arrivals = self._arrivals(job, key, value, reverse=True)
         next(arrivals)
-        with job.comm.reduce_scatter_steps(
-            home, algorithm=self.algorithm, accumulate=True, align=partition.align
-        ) as requests:
+        with job.comm.reduce_scatter_steps(home, algorithm=self.algorithm, accumulate=True, **job.grain) as requests:
             for step, layout, rows in arrivals:
                 parts = compute.parts(step_blocks(task, layout), saved, *wire.sides(rows), dquery, step)
                 self._add(requests, parts, step)
@@ -111,7 +115,7 @@ class Rings:
         with span("pack"):
             rows = job.sent(wire.pack(job.task.partition, job.task.rank, key, value))
         with job.comm.allgather_steps(
-            rows, algorithm=self.algorithm, reverse=reverse, donate=True, align=job.task.partition.align
+            rows, algorithm=self.algorithm, reverse=reverse, donate=True, **job.grain
         ) as stream:
             arrivals = iter(stream)
             for step, layout in enumerate(stream.layout):

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+STRETCH = 0.05  # how much longer a chunk may be to begin at a multiple of `align`, unless computing hides more
 
 
 class Segment(NamedTuple):
@@ -56,7 +57,7 @@ class Partition:
 
     @property
     def align(self) -> int:
-        """Rows whose multiples chunks begin at, where that costs little balance.
+        """Rows whose multiples chunks begin at, where that makes none much longer.
 
         Under a mask a block sees some chunks of a step only, and kernels on CPUs were measured to be up to a tenth
         faster where the number of keys is a multiple of 16. Without one it sees them all.

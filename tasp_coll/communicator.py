@@ -36,7 +36,7 @@ from tasp_coll.linkup import gpu_transport_named
 from tasp_coll.openings import ACCUMULATE, REVERSE
 from tasp_coll.operations import Collective
 from tasp_coll.options import ALGORITHMS, Options
-from tasp_coll.schedule import Schedule
+from tasp_coll.schedule import STRETCH, Schedule
 from tasp_coll.simulate import software_costs
 from tasp_coll.streams import GatherStream, ReduceStream, open_gather, open_reduce
 from tasp_coll.topology import ENVIRONMENT, Topology
@@ -237,6 +237,7 @@ class Communicator:
         reverse: bool = False,
         donate: bool = False,
         align: int = 1,
+        stretch: float = STRETCH,
     ) -> GatherStream:
         """AllGather one step at a time: while you work on a step, the next one travels.
 
@@ -246,7 +247,8 @@ class Communicator:
 
         Step 0 brings this rank's own chunks, then n-1 steps the others'; reverse: in the opposite direction round
         each ring. Shards are cut by whole rows, at multiples of `align` where that makes no chunk longer by more than
-        a twenty-fourth; axis 0 may differ by rank; empty chunks are left out.
+        `stretch` of its length (a link with a longer chunk takes longer). Axis 0
+        may differ by rank; empty chunks are left out.
 
         `arrival.data` is all chunks of the step as one array, in the order of `arrival.chunks` (by source, then ring);
         where they do not lie together, as with "hierarchical", it is None. Read both only, and look at them before you
@@ -264,7 +266,7 @@ class Communicator:
         Leaving the loop early ends it properly; `close()` does the same. Up to 7 streams may be open at once, opened
         in the same order on all ranks.
         """
-        options = Options(algorithm, rings, extra=REVERSE if reverse else "", align=align)
+        options = Options(algorithm, rings, extra=REVERSE if reverse else "", align=align, stretch=stretch)
         return open_gather(self._core, send, options, bool(donate))
 
     def reduce_scatter_steps(
@@ -275,6 +277,7 @@ class Communicator:
         rings: int | None = None,
         accumulate: bool = False,
         align: int = 1,
+        stretch: float = STRETCH,
     ) -> ReduceStream:
         """The mirror image: each step asks for this rank's contribution to other ranks' sums, own chunks last.
 
@@ -282,10 +285,10 @@ class Communicator:
                 for chunk in request.chunks:
                     chunk.data[...] = contribution(chunk.source, chunk.start, chunk.stop)
 
-        Step t asks for the chunks that `allgather_steps(reverse=True)`, with the same `align`, brings at step t+1. What
-        is filled is added to what the ranks before gathered and travels on while the next is filled; recv, this rank's
-        shard (its axis 0 may differ by rank), holds the sums after the loop. Fill all of `data`; what it holds before
-        is undefined.
+        Step t asks for the chunks that `allgather_steps(reverse=True)`, with the same `align` and `stretch`, brings at
+        step t+1. What is filled is added to what the ranks before gathered and travels on while the next is filled;
+        recv, this rank's shard (its axis 0 may differ by rank), holds the sums after the loop. Fill all of `data`;
+        what it holds before is undefined.
 
         accumulate: `data` holds what the ranks before added up (zeros at step 0): add your part to it, in place. Only
         bytes travel, so any dtype will do, and sums are as precise as recv's dtype and your additions. A step is
@@ -294,7 +297,7 @@ class Communicator:
 
         `request.data`, `.began`, `.ended` (with accumulate) and `layout` are as in `allgather_steps`.
         """
-        options = Options(algorithm, rings, extra=ACCUMULATE if accumulate else "", align=align)
+        options = Options(algorithm, rings, extra=ACCUMULATE if accumulate else "", align=align, stretch=stretch)
         return open_reduce(self._core, recv, options)
 
     # --- what it takes

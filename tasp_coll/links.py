@@ -103,6 +103,11 @@ def number_of(value: object) -> float | None:
         return math.inf
 
 
+def is_share(value: object) -> bool:
+    """Whether it is a finite number of at least 0."""
+    return (found := number_of(value)) is not None and 0 <= found < math.inf
+
+
 def order(node: Node) -> tuple[bool, int, str]:
     """Sort key of nodes: ranks by number, then switches by name."""
     return (True, 0, node) if isinstance(node, str) else (False, node, "")

@@ -42,7 +42,7 @@ class Opening(Collective):
             dtype=self.send.dtype,
             algorithm=self.options.label,
             rings=None if self.options.rings is None else int(self.options.rings),
-            align=int(self.options.align),
+            **self.options.grain._asdict(),
             **({self.options.extra: self.options.extra} if self.options.extra else {}),
         )
 
@@ -150,8 +150,8 @@ class OpenGather(Opening):
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
         row_bytes = self.row_elements * self.send.itemsize
-        align = int(self.options.align)
-        return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes, self.donate, align),)
+        grain = self.options.grain
+        return (gather_steps_program(schedule, self.core.rank, self.rows, row_bytes, self.donate, grain),)
 
     def schedule(self) -> Schedule:
         assert self.chosen is not None
@@ -180,8 +180,8 @@ class OpenReduce(Opening):
         return ("auto", "rings", "ring") if self.accumulate else super().algorithms()
 
     def programs(self, schedule: Schedule) -> tuple[Program, ...]:
-        rank, rows, align = self.core.rank, self.rows, int(self.options.align)
+        rank, rows, grain = self.core.rank, self.rows, self.options.grain
         if self.how is None:
             row_bytes = self.row_elements * self.send.itemsize
-            return (accumulate_steps_program(schedule, rank, rows, row_bytes, align),)
-        return (reduce_steps_program(schedule, rank, rows, self.row_elements, self.how, align),)
+            return (accumulate_steps_program(schedule, rank, rows, row_bytes, grain),)
+        return (reduce_steps_program(schedule, rank, rows, self.row_elements, self.how, grain),)

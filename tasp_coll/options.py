@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from tasp_coll.core import Core, max_rings
 from tasp_coll.errors import ArgumentError, ArgumentTypeError
 from tasp_coll.forecast import Choice
-from tasp_coll.links import is_integer
-from tasp_coll.schedule import Schedule
+from tasp_coll.links import is_integer, is_share, number_of
+from tasp_coll.schedule import STRETCH, Grain, Schedule
 
 ALGORITHMS = ("auto", "rings", "ring", "direct", "hierarchical", "native")
 NoneType = type(None)
@@ -24,7 +24,13 @@ class Options(NamedTuple):
     op: str = "sum"
     counts: Any = None
     extra: str = ""  # of streams: what else must be the same on all ranks
-    align: int = 1  # of streams: rows whose multiples chunks begin at
+    align: int = 1  # of streams: rows whose multiples chunks begin at,
+    stretch: float = STRETCH  # where that makes none longer by more than this share
+
+    @property
+    def grain(self) -> Grain:
+        """How a stream's rows are cut."""
+        return Grain(int(self.align), float(self.stretch))
 
     def check_types(self, ranks: int) -> None:
         """ArgumentTypeError for what cannot even be compared."""
@@ -38,6 +44,8 @@ class Options(NamedTuple):
             raise ArgumentTypeError(f"counts must be {ranks} integers >= 0, got {self.counts!r}")
         if not is_integer(self.align):
             raise ArgumentTypeError(f"align must be an integer, got {self.align!r}")
+        if number_of(self.stretch) is None:
+            raise ArgumentTypeError(f"stretch must be a number, got {self.stretch!r}")
 
     def check(self, collective: str, core: Core) -> None:
         """ArgumentError for what cannot be meant."""
@@ -47,6 +55,8 @@ class Options(NamedTuple):
             raise ArgumentError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
         if self.align < 1:
             raise ArgumentError(f"align must be at least 1 row, got {self.align}")
+        if not is_share(self.stretch):
+            raise ArgumentError(f"stretch must be a number >= 0, got {self.stretch!r}")
         if self.rings is None:
             return
         if self.algorithm not in ("auto", "rings"):

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
@@ -39,11 +40,10 @@ class Cuts:
         schedule: Schedule,
         sizes: Sequence[int],
         unit: int,
-        align: int,
-        rule: Callable[[int, Sequence[Fraction], int], tuple[int, ...]] = cut,
+        rule: Callable[[int, Sequence[Fraction]], tuple[int, ...]],
     ) -> Cuts:
-        """sizes: units (elements, rows) of each rank's shard, `unit` bytes each; `rule` cuts them with that `align`."""
-        known = {size: tuple(at * unit for at in rule(size, schedule.weights, align)) for size in set(sizes)}
+        """sizes: units (elements, rows) of each rank's shard, `unit` bytes each; `rule` cuts them by weights."""
+        known = {size: tuple(at * unit for at in rule(size, schedule.weights)) for size in set(sizes)}
         return cls((0, *accumulate(size * unit for size in sizes)), tuple(known[size] for size in sizes))
 
     def nbytes(self, key: Key) -> int:
@@ -79,7 +79,7 @@ def gather_program(schedule: Schedule, rank: int, sizes: Sequence[int]) -> Progr
 
     The rank's own shard is not copied: that is the caller's.
     """
-    cuts = Cuts.of(schedule, sizes, 1, ALIGN)
+    cuts = Cuts.of(schedule, sizes, 1, partial(cut, align=ALIGN))
     builder = Builder()
     arrived: dict[Place, int] = {}
     lanes: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -112,7 +112,7 @@ def all_to_all_program(schedule: Schedule, rank: int, block: int) -> Program:
     """Block d of "send" goes to rank d; "recv" gets rank o's at place o. block: bytes. The own block: the caller's."""
     builder = Builder()
     arrived: dict[Key, tuple[int, Place]] = {}
-    cuts = Cuts.of(schedule, [block * schedule.ranks] * schedule.ranks, 1, 1)
+    cuts = Cuts.of(schedule, [block * schedule.ranks] * schedule.ranks, 1, cut)
     for step, is_send, peer, key, lane in moves(schedule, rank, cuts):
         origin, target = key
         if not is_send:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from tasp_coll.executor import Action, Builder, Exchange, Node, Piece, Place, Program
 from tasp_coll.layouts import Key
 from tasp_coll.programs import ALIGN, Cuts, Move, Slots, Use, moves, own_keys
 from tasp_coll.reduction import HOST, Memory, Reduction
-from tasp_coll.schedule import Schedule, cut_rows
+from tasp_coll.schedule import ANYWHERE, Grain, Schedule, cut
 from tasp_coll.slabs import handled, layout, slabs
 
 
@@ -56,12 +57,12 @@ class Own:
 
 def reduce_program(schedule: Schedule, rank: int, counts: Sequence[int], how: Reduction) -> Program:
     """ReduceScatter of "send" (all ranks' shards, rank-major) into "recv" (this rank's). counts: elements of shards."""
-    cuts = Cuts.of(schedule, counts, how.itemsize, max(ALIGN // how.itemsize, 1))
+    cuts = Cuts.of(schedule, counts, how.itemsize, partial(cut, align=max(ALIGN // how.itemsize, 1)))
     return _ReduceCompiler(schedule, rank, cuts, how, lambda key: Own(cuts.in_all("send", key))).compile()
 
 
 def reduce_steps_program(
-    schedule: Schedule, rank: int, rows: Sequence[int], row_elements: int, how: Reduction, align: int = 1
+    schedule: Schedule, rank: int, rows: Sequence[int], row_elements: int, how: Reduction, grain: Grain = ANYWHERE
 ) -> Program:
     """ReduceScatter into "recv" whose contributions the caller writes into "stage", step by step, as the layout says.
 
@@ -69,7 +70,7 @@ def reduce_steps_program(
     again, for the next step but one. The last step, one more than the schedule has, is the rank's own shard.
     """
     row_bytes = row_elements * how.itemsize
-    cuts = Cuts.of(schedule, rows, row_bytes, align, cut_rows)
+    cuts = Cuts.of(schedule, rows, row_bytes, grain.cut)
     requests = handled(schedule, rank, cuts)
     filled = {key: step for step, keys in enumerate(requests) for key in keys}
     builder = Builder()

@@ -24,7 +24,7 @@ from tasp_coll.decomposition import decomposition_of
 from tasp_coll.errors import ArgumentError, ScheduleError, TopologyError
 from tasp_coll.hierarchical import OTHERS, HierarchicalPattern, capacity_share
 from tasp_coll.layouts import Layout, chunks_by_step, layout_of
-from tasp_coll.links import is_count
+from tasp_coll.links import is_count, is_share
 from tasp_coll.nodes import nodes_of
 from tasp_coll.patterns import (
     AllToAllPattern,
@@ -37,6 +37,8 @@ from tasp_coll.patterns import (
 )
 from tasp_coll.rings import Ring
 from tasp_coll.topology import Topology
+
+STRETCH = 0.05  # what alignment may add to a chunk's length
 
 COLLECTIVES = ("allgather", "reduce_scatter", "allreduce", "all_to_all")
 ALGORITHMS = ("rings", "ring", "direct", "hierarchical")
@@ -152,13 +154,13 @@ class Schedule:
             replace(self, collective="allgather", pattern=second),
         )
 
-    def arrivals(self, rank: int, rows: Sequence[int], align: int = 1) -> Layout:
+    def arrivals(self, rank: int, rows: Sequence[int], align: int = 1, stretch: float = STRETCH) -> Layout:
         """What each step brings to `rank`, its own chunks first: the `layout` of `Communicator.allgather_steps`.
 
-        rows: of each rank's shard (rows of no bytes never travel). align: as there. Per step `Rows` (source, ring,
-        start, stop), sorted; empty chunks are left out. For a reversed sweep ask the schedule that was planned with
-        reverse=True; that of a reduce_scatter says what `reduce_scatter_steps` asks for, own chunks last: the same rows
-        as in the reversed sweep, each one step earlier, where that comes from rings or slices.
+        rows: of each rank's shard (rows of no bytes never travel). align, stretch: as there. Per step `Rows` (source,
+        ring, start, stop), sorted; empty chunks are left out. For a reversed sweep ask the schedule that was planned
+        with reverse=True; that of a reduce_scatter says what `reduce_scatter_steps` asks for, own chunks last: the same
+        rows as in the reversed sweep, each one step earlier, where that comes from rings or slices.
 
         Raises ScheduleError for other collectives, and ArgumentError for bad arguments.
         """
@@ -168,7 +170,10 @@ class Schedule:
             raise ArgumentError(f"rank must be from 0 to {self.ranks - 1}, got {rank!r}")
         if not is_count(align):
             raise ArgumentError(f"align must be an integer >= 1, got {align!r}")
-        bounds = [cut_rows(count, self.weights, int(align)) for count in _check_counts(rows, self.ranks, "rows")]
+        if not is_share(stretch):
+            raise ArgumentError(f"stretch must be a number >= 0, got {stretch!r}")
+        grain = Grain(int(align), float(stretch))
+        bounds = [grain.cut(count, self.weights) for count in _check_counts(rows, self.ranks, "rows")]
         steps = chunks_by_step(self.pattern, rank, self.chunks, self.collective == "allgather")
         return layout_of(steps, bounds, bool(self.rings))
 
@@ -249,13 +254,24 @@ def cut(total: int, weights: Sequence[Fraction], align: int = 1) -> tuple[int, .
     return (0, *(at // align * align for at in inner), total)
 
 
-def cut_rows(total: int, weights: Sequence[Fraction], align: int) -> tuple[int, ...]:
-    """`cut` at multiples of `align` where that makes no chunk longer by more than a twenty-fourth; else anywhere."""
-    anywhere, aligned = cut(total, weights), cut(total, weights, align)
-    for (start, stop), (first, last) in zip(pairwise(anywhere), pairwise(aligned), strict=True):
-        if 24 * (last - first) > 25 * (stop - start):
-            return anywhere
-    return aligned
+class Grain(NamedTuple):
+    """How rows are cut: chunks begin at multiples of `align` where that makes none longer by more than `stretch` of
+    its length, else anywhere."""
+
+    align: int = 1
+    stretch: float = STRETCH
+
+    def cut(self, total: int, weights: Sequence[Fraction]) -> tuple[int, ...]:
+        """As `cut`."""
+        anywhere, aligned = cut(total, weights), cut(total, weights, self.align)
+        most = 1 + Fraction(self.stretch)
+        for (start, stop), (first, last) in zip(pairwise(anywhere), pairwise(aligned), strict=True):
+            if last - first > (stop - start) * most:
+                return anywhere
+        return aligned
+
+
+ANYWHERE = Grain()
 
 
 def plan(

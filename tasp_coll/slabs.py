@@ -16,7 +16,7 @@ from tasp_coll.executor import Builder, Exchange, Node, Piece, Place, Program
 from tasp_coll.layouts import Key, chunks_by_step
 from tasp_coll.programs import Cuts, Move, kept_gather_program, moves, piece
 from tasp_coll.reduction import HOST, Memory
-from tasp_coll.schedule import Schedule, cut_rows
+from tasp_coll.schedule import ANYWHERE, Grain, Schedule
 
 Keys = list[list[Key]]  # per step of the caller
 
@@ -37,15 +37,15 @@ class Clear:
 
 
 def gather_steps_program(
-    schedule: Schedule, rank: int, rows: Sequence[int], row_bytes: int, donate: bool = False, align: int = 1
+    schedule: Schedule, rank: int, rows: Sequence[int], row_bytes: int, donate: bool = False, grain: Grain = ANYWHERE
 ) -> Program:
     """AllGather whose arrivals lie in "stage" until the caller opens gate ("release", arrival). rows: of each shard.
 
     Mark ("arrived", arrival) holds the receives of an arrival. Arrival 0 is the rank's own shard, in "send", then
-    comes what each step brings. donate: "send" is ours, so that the arrivals that it has room for lie there. align: see
-    `cut_rows`.
+    comes what each step brings. donate: "send" is ours, so that the arrivals that it has room for lie there. grain:
+    how shards are cut.
     """
-    cuts = Cuts.of(schedule, rows, row_bytes, align, cut_rows)
+    cuts = Cuts.of(schedule, rows, row_bytes, grain.cut)
     if schedule.algorithm == "hierarchical":  # chunks leave many steps later
         return kept_gather_program(schedule, rank, cuts, row_bytes)
     listed = moves(schedule, rank, cuts)
@@ -62,14 +62,14 @@ def gather_steps_program(
 
 
 def accumulate_steps_program(
-    schedule: Schedule, rank: int, rows: Sequence[int], row_bytes: int, align: int = 1
+    schedule: Schedule, rank: int, rows: Sequence[int], row_bytes: int, grain: Grain = ANYWHERE
 ) -> Program:
     """ReduceScatter on rings in which the caller adds to what came, in place, and the program only moves bytes.
 
     Request t lies in "stage", the last one in "recv"; mark ("arrived", t) says that what the ranks before added up is
     there, gate ("fill", t) that the caller has added its own. Request 0 begins with zeros: mark ("free", 0).
     """
-    cuts = Cuts.of(schedule, rows, row_bytes, align, cut_rows)
+    cuts = Cuts.of(schedule, rows, row_bytes, grain.cut)
     requests = handled(schedule, rank, cuts)
     relay = _Relay(schedule, cuts, requests, ["stage"] * (len(requests) - 1) + ["recv"])
     relay.clear(requests[0])

@@ -56,7 +56,8 @@ def test_every_pair_is_computed_once(ranks: int, total: int, window: int | None,
     for bounds in (None, (0, total // 5, total // 5 + 1, total), (*range(0, total, 3), total)):
         for reverse in (False, True):
             schedule = plan(f"full_mesh:{ranks}", "allgather", "rings", reverse=reverse)
-            check_work(total, schedule, is_causal=causal, cu_seqlens=bounds, window=window)
+            for stretch in (0.05, 1):
+                check_work(total, schedule, is_causal=causal, cu_seqlens=bounds, window=window, stretch=stretch)
 
 
 @pytest.mark.parametrize("ranks", [3, 4, 5, 8])
@@ -66,6 +67,13 @@ def test_causal_work_is_even_at_every_step(ranks: int, algorithm: str) -> None:
     assert work.evenness == 1
     assert work.balance == 1
     assert work.pairs.shape == (ranks, ranks)
+
+
+def test_causal_work_is_even_with_longer_chunks() -> None:
+    work = check_work(4096, schedule := plan("full_mesh:8", "allgather", "rings"), stretch=1)
+    assert {row.start % 16 for step in schedule.arrivals(1, [256] * 8, 16, 1) for row in step} == {0}
+    assert work.evenness > 0.99
+    assert work.balance == 1
 
 
 def test_uneven_lengths_stay_nearly_even() -> None:

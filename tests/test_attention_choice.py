@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention.choice import choose, rate_of, seconds
+from attention.choice import Call, peak_of, rate_of, seconds
 from attention.forecast import Problem
 from attention.kv_bits import Bits
 from attention.partition import Partition
@@ -13,12 +13,16 @@ from loopback_ranks import attempt, on_ranks
 from tasp_coll import ArgumentError, Communicator
 
 
+def call(comm: Communicator, total: int, heads: int = 7, kv_bits: str | None = None) -> Call:
+    query = torch.empty(1, 1, 1, 1).expand(1, heads, total // comm.size, 64)
+    return Call.of(comm, Partition.of(total, comm.size, True), None, query, query, Bits.of(kv_bits))
+
+
 def chosen(topology: str | None, rate: float, total: int = 1 << 18, heads: int = 7, kv_bits: str | None = None) -> str:
     ranks = 8
 
     def body(comm: Communicator) -> str:
-        query = torch.empty(1, 1, 1, 1).expand(1, heads, total // ranks, 64)
-        return choose(comm, Partition.of(total, ranks, True), None, query, query, rate, Bits.of(kv_bits))
+        return call(comm, total, heads, kv_bits).method(rate)
 
     found = on_ranks(ranks, body, topology=topology)
     assert len(set(found)) == 1, "all ranks alike"
@@ -55,6 +59,42 @@ def test_gathering_is_for_short_sequences() -> None:
     assert methods(4, 1 << 10, 7) == {"ring", "tasp", "allgather"}
     assert methods(4, 1 << 20, 8) == {"ring", "tasp", "ulysses"}
     assert methods(1, 1 << 20, 8) == set()
+
+
+@pytest.mark.parametrize(
+    "topology, method, peak, stretch",
+    [
+        ("full_mesh:8", "tasp", 1e15, 0.05),
+        ("full_mesh:8", "tasp", 1e8, 1.0),
+        ("full_mesh:8", "ring", 1e8, 0.05),
+        (None, "tasp", 1e8, 0.05),
+    ],
+    ids=["links are the limit", "hidden", "whole shards", "unknown links"],
+)
+def test_chunks_are_longer_where_computing_hides_it(
+    topology: str | None, method: str, peak: float, stretch: float
+) -> None:
+    found = on_ranks(8, lambda comm: call(comm, 1 << 12).stretch(method, peak), topology=topology)
+    assert found == [stretch] * 8
+
+
+def test_chunks_are_longer_by_as_much_as_is_hidden() -> None:
+    def body(comm: Communicator) -> tuple[float, ...]:
+        asked = call(comm, 1 << 12)
+        moved = comm.predicted_seconds(asked.problem.wire_bytes, "rings")
+        assert moved is not None
+        peak = asked.operations / comm.size / (1.5 * moved / (comm.size - 1))  # computing a step takes half longer
+        return asked.stretch("tasp", peak), asked.stretch("tasp", 2 * peak)
+
+    assert on_ranks(4, body, topology="full_mesh:4") == [pytest.approx((0.5, 0.05))] * 4
+    assert on_ranks(1, lambda comm: call(comm, 8).stretch("tasp", 1.0)) == [0.05]
+
+
+def test_peaks_are_not_measured() -> None:
+    query = torch.zeros(1, 1, 4, 16)
+    assert peak_of(query) == torch.get_num_threads() * 2**37 > rate_of(query)
+    assert peak_of(query.to(torch.bfloat16)) > peak_of(query)
+    assert peak_of(query.to("meta")) > 1e15
 
 
 def test_rate_is_measured_once() -> None:

@@ -40,9 +40,12 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (Communicator.all_to_all, "(self, send, recv=None, *, async_op=False)"),
     (
         Communicator.allgather_steps,
-        "(self, send, *, algorithm='auto', rings=None, reverse=False, donate=False, align=1)",
+        "(self, send, *, algorithm='auto', rings=None, reverse=False, donate=False, align=1, stretch=0.05)",
     ),
-    (Communicator.reduce_scatter_steps, "(self, recv, *, algorithm='auto', rings=None, accumulate=False, align=1)"),
+    (
+        Communicator.reduce_scatter_steps,
+        "(self, recv, *, algorithm='auto', rings=None, accumulate=False, align=1, stretch=0.05)",
+    ),
     (Communicator.close, "(self)"),
     (tasp_coll.decomposed_allgather, "(send, recv=None, *, comm=None, **options)"),
     (tasp_coll.decomposed_allgatherv, "(send, recv=None, *, comm=None, **options)"),
@@ -63,7 +66,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(topology, collective='allgather', algorithm='rings', rings=None, counts=None, *, slices=None, reverse=False)",
     ),
     (Schedule.from_steps, "(topology, collective, steps, *, weights=None, capacity_share=None)"),
-    (Schedule.arrivals, "(self, rank, rows, align=1)"),
+    (Schedule.arrivals, "(self, rank, rows, align=1, stretch=0.05)"),
     (Schedule.verify, "(self, method='auto')"),
 ]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tasp_coll import ArgumentError, Schedule, ScheduleError, Topology, TopologyError, Transfer, decompose, plan
 from tasp_coll.patterns import DirectPattern, RingPattern
-from tasp_coll.schedule import cut, cut_rows, uniform_weights
+from tasp_coll.schedule import Grain, cut, uniform_weights
 
 REDUCIBLE = ("allgather", "reduce_scatter", "allreduce")
 ALGORITHMS = ("rings", "ring", "direct")
@@ -365,17 +365,26 @@ def test_cut_keeps_everything_in_order_and_proportion(total: int, weights: tuple
         assert -align < bound - ideal * total <= 0, "at the last aligned place before the ideal one"
 
 
-@given(total=st.integers(0, 10**5), weights=WEIGHTS, align=st.sampled_from([1, 2, 16, 64]))
-def test_rows_are_aligned_where_that_costs_no_chunk_much(total: int, weights: tuple[Fraction, ...], align: int) -> None:
-    anywhere, bounds = cut(total, weights), cut_rows(total, weights, align)
+@given(
+    total=st.integers(0, 10**5),
+    weights=WEIGHTS,
+    align=st.sampled_from([1, 2, 16, 64]),
+    stretch=st.sampled_from([0, 0.05, 0.5, 1.0]),
+)
+def test_rows_are_aligned_where_that_costs_no_chunk_much(
+    total: int, weights: tuple[Fraction, ...], align: int, stretch: float
+) -> None:
+    anywhere, bounds = cut(total, weights), Grain(align, stretch).cut(total, weights)
     sizes = zip(itertools.pairwise(bounds), itertools.pairwise(anywhere), strict=True)
-    assert all(24 * (stop - start) <= 25 * (b - a) for (start, stop), (a, b) in sizes)
+    assert all(stop - start <= (b - a) * (1 + stretch) for (start, stop), (a, b) in sizes)
     assert bounds in (anywhere, cut(total, weights, align))
 
 
 def test_cut_of_rows() -> None:
-    assert cut_rows(2048, uniform_weights(7), 16) == cut(2048, uniform_weights(7), 16), "304 rows at most, not 293"
-    assert cut_rows(1024, uniform_weights(7), 16) == cut(1024, uniform_weights(7)), "160 would be too many for 147"
+    sevenths = uniform_weights(7)
+    assert Grain(16).cut(2048, sevenths) == cut(2048, sevenths, 16), "304 rows at most, not 293"
+    assert Grain(16).cut(1024, sevenths) == cut(1024, sevenths), "160 would be too many for 147"
+    assert Grain(16, 0.1).cut(1024, sevenths) == cut(1024, sevenths, 16), "unless a tenth more is allowed"
 
 
 @given(total=st.integers(0, 10**6), k=st.integers(1, 40))

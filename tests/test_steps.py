@@ -36,7 +36,7 @@ def options_of(draw: st.DrawFn, n: int, direct: bool = True) -> dict[str, Any]:
     return draw(st.sampled_from([*rings, {"algorithm": "direct"}] if direct else rings))
 
 
-aligns = st.sampled_from([1, 4, 16])
+grains = st.tuples(st.sampled_from([1, 4, 16]), st.sampled_from([0.05, 1]))
 
 
 def rows_of(n: int) -> st.SearchStrategy[list[int]]:
@@ -69,14 +69,14 @@ def check_together(arrival: Any) -> None:
 def test_gathering(data: st.DataObject, n: int, reverse: bool, seed: int) -> None:
     """Whoever donates: every row comes once and as it was, step after step from one array."""
     options, rows = data.draw(options_of(n)), data.draw(rows_of(n))
-    donors, align = data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), data.draw(aligns)
+    donors, grain = data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), data.draw(grains)
 
     def body(comm: Communicator) -> None:
         schedule = plan(comm.topology, "allgather", reverse=reverse, **options)
         send = shard(comm.rank, rows[comm.rank])
-        asked = {"donate": donors[comm.rank], "align": align, **options}
+        asked = {"donate": donors[comm.rank], "align": grain[0], "stretch": grain[1], **options}
         with comm.allgather_steps(send, reverse=reverse, **asked) as stream:
-            assert stream.layout == schedule.arrivals(comm.rank, rows, align)
+            assert stream.layout == schedule.arrivals(comm.rank, rows, *grain)
             assert stream.schedule.fingerprint == schedule.fingerprint
             for arrival in stream:
                 check_together(arrival)
@@ -122,14 +122,15 @@ def test_accumulating_beside_a_reversed_gather(data: st.DataObject, n: int, seed
     """Attention's backward: KV comes round, and the sums of its gradients follow one step behind and go home."""
     options, rows = data.draw(options_of(n, direct=False)), data.draw(rows_of(n))
     dtype = data.draw(st.sampled_from(["i4", "u8", "f4", "f8", "c16"]))
-    weights, align = [rank + 1 for rank in range(n)], data.draw(aligns)
+    weights, grain = [rank + 1 for rank in range(n)], data.draw(grains)
+    cuts = dict(zip(("align", "stretch"), grain, strict=True))
 
     def body(comm: Communicator) -> None:
         kv, grad = shard(comm.rank, rows[comm.rank]), np.full((rows[comm.rank], 3), 77, dtype)
         schedule = plan(comm.topology, "reduce_scatter", **options)
-        stream = comm.allgather_steps(kv.copy(), reverse=True, donate=True, align=align, **options)
-        homing = comm.reduce_scatter_steps(grad, accumulate=True, align=align, **options)
-        assert homing.layout == schedule.arrivals(comm.rank, rows, align)
+        stream = comm.allgather_steps(kv.copy(), reverse=True, donate=True, **cuts, **options)
+        homing = comm.reduce_scatter_steps(grad, accumulate=True, **cuts, **options)
+        assert homing.layout == schedule.arrivals(comm.rank, rows, *grain)
         assert homing.schedule.fingerprint == schedule.fingerprint
         assert homing.layout == (*stream.layout[1:], stream.layout[0])
         next(stream)
@@ -213,12 +214,12 @@ def test_accumulated_sums_repeat_bit_for_bit() -> None:
 @given(data=st.data(), n=sizes)
 @few
 def test_filling_from_one_array(data: st.DataObject, n: int) -> None:
-    options, rows, align = data.draw(options_of(n)), data.draw(rows_of(n)), data.draw(aligns)
+    options, rows, grain = data.draw(options_of(n)), data.draw(rows_of(n)), data.draw(grains)
 
     def body(comm: Communicator) -> None:
         recv = np.full((rows[comm.rank], 3), -1)
-        stream = comm.reduce_scatter_steps(recv, align=align, **options)
-        assert stream.layout == plan(comm.topology, "reduce_scatter", **options).arrivals(comm.rank, rows, align)
+        stream = comm.reduce_scatter_steps(recv, align=grain[0], stretch=grain[1], **options)
+        assert stream.layout == plan(comm.topology, "reduce_scatter", **options).arrivals(comm.rank, rows, *grain)
         for request in stream:
             check_together(request)
             assert (request.began, request.ended) == (None, None)
@@ -472,6 +473,9 @@ def test_plans_of_donors_are_found_again() -> None:
         (lambda c: c.allgather_steps(np.broadcast_to(0.0, 8), donate=True), "send must be writable to be donated"),
         (lambda c: c.allgather_steps(np.zeros(8), align=0), "align must be at least 1 row, got 0"),
         (lambda c: c.reduce_scatter_steps(np.zeros(8), align=2.0), "align must be an integer, got 2.0"),
+        (lambda c: c.allgather_steps(np.zeros(8), stretch=-0.5), "stretch must be a number >= 0, got -0.5"),
+        (lambda c: c.allgather_steps(np.zeros(8), stretch=float("nan")), "stretch must be a number >= 0, got nan"),
+        (lambda c: c.reduce_scatter_steps(np.zeros(8), stretch="much"), "stretch must be a number, got 'much'"),
     ],
 )
 def test_errors_on_one_rank_or_all(call: Any, says: str) -> None:
@@ -498,6 +502,8 @@ def test_what_is_agreed_and_what_is_not() -> None:
     def body(comm: Communicator) -> None:
         with pytest.raises(MismatchError, match="rank 1 passed align 16"):
             comm.allgather_steps(np.zeros(8), align=16 if comm.rank == 1 else 1)
+        with pytest.raises(MismatchError, match=r"rank 1 passed stretch 1\.0"):
+            comm.allgather_steps(np.zeros(8), stretch=1 if comm.rank == 1 else 0.05)
         with pytest.raises(MismatchError, match="accumulate"):
             comm.reduce_scatter_steps(np.zeros(8), accumulate=comm.rank == 1)
         for _arrival in comm.allgather_steps(np.zeros(8), donate=comm.rank == 1):
@@ -522,6 +528,8 @@ def test_arrivals_of_a_schedule() -> None:
     assert own == tuple((1, ring, start, stop) for ring, (start, stop) in enumerate(bounds))
     with pytest.raises(ArgumentError, match="align must be an integer >= 1, got 0"):
         forward.arrivals(0, rows, 0)
+    with pytest.raises(ArgumentError, match="stretch must be a number >= 0, got -1"):
+        forward.arrivals(0, rows, 1, -1)
     with pytest.raises(ArgumentError, match="rank must be from 0 to 2, got 3"):
         forward.arrivals(3, rows)
     with pytest.raises(ScheduleError, match="go step by step"):
