@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.forecast import Measured, Problem, Travel, forecast, operations, pairs
+from attention.forecast import BACKWARD, Measured, Problem, Travel, forecast, operations, pairs
 from attention.kernels import kernel_for
 from attention.kv_bits import Bits
 from attention.partition import STRETCH, Partition
@@ -22,7 +22,7 @@ from attention.partition import STRETCH, Partition
 _PROBE_TOKENS = 256
 _TIE = 1.02  # who is not faster than that by the model is not taken instead of a simpler one
 _CORE_PEAK, _CORE_HALF_PEAK, _GPU_PEAK = 2.0**37, 2.0**40, 2.0**51  # of a core, in 4 bytes and 2; of a GPU
-_LONGEST = 1.0  # chunks of twice the length, and others as much shorter
+_STRETCHES = (0.125, 0.25, 0.5, 1.0)
 _GATHERED_BYTES = 64 << 20  # "allgather" only where all keys and values take no more
 
 Model = Callable[[int, str], float | None]  # (shard bytes, algorithm) -> seconds of an allgather
@@ -48,7 +48,7 @@ def rate_of(query: Tensor) -> float:
 
 
 def peak_of(query: Tensor) -> float:
-    """Floating point operations per second that no kernel here reaches: not measured, so that it is always the same."""
+    """Floating point operations per second that a kernel hardly reaches: nominal, so that runs do not differ."""
     if query.device.type != "cpu":
         return _GPU_PEAK
     return torch.get_num_threads() * (_CORE_PEAK if query.element_size() >= 4 else _CORE_HALF_PEAK)
@@ -64,12 +64,20 @@ class Call:
 
     @classmethod
     def of(
-        cls, comm: Any, partition: Partition, window: int | None, query: Tensor, key: Tensor, bits: Bits | None
+        cls,
+        comm: Any,
+        partition: Partition,
+        window: int | None,
+        query: Tensor,
+        key: Tensor,
+        bits: Bits | None,
+        backward: bool = False,
     ) -> Call:
-        """query (B, H, L, D) and key (B, Hkv, L, D)."""
+        """query (B, H, L, D) and key (B, Hkv, L, D). backward: there will be one."""
         batch, heads, _, dim = query.shape
         problem = Problem(
             *(comm.size, partition.total, batch, heads, key.shape[1], dim, key.element_size(), partition.causal),
+            backward=backward,
             window=window,
             kv_bits=None if bits is None else bits.on_wire(dim),
         )
@@ -93,17 +101,27 @@ class Call:
     def stretch(self, method: str, peak: float) -> float:
         """What share of its length a chunk may be longer by, so that it begins where the kernel likes it.
 
-        As far as computing surely hides the transfer. That decides in which order keys are added up, so it must be the
-        same in every run: it goes by `peak_of`, not by a measured speed.
+        As far as computing surely hides the transfer, one of few shares, as plans are made for each. That decides in
+        which order keys are added up, so it must be the same in every run: it goes by `peak_of`, not by a measured
+        speed.
         """
+        problem = self.problem
+        # One ring carries whole shards; under a window most pairs are a rank's own, and steps have little to compute.
+        if method != "tasp" or problem.ranks == 1 or self.partition.align == 1 or problem.window is not None:
+            return STRETCH
+        keys = self.comm.predicted_seconds(problem.wire_bytes, "rings")
+        if not keys:
+            return STRETCH
+        hides = self._hides(peak, 1.0, keys)
+        if problem.backward:
+            home = self.comm.predicted_seconds(problem.gradient_bytes, "rings", collective="reduce_scatter")
+            hides = min(hides, self._hides(peak, BACKWARD, keys + (home or 0.0)))
+        return max((share for share in _STRETCHES if share <= hides - 1), default=STRETCH)
+
+    def _hides(self, peak: float, work: float, moved: float) -> float:
+        """How often the transfer of a step fits into its computation. work: forwards. moved: seconds of all steps."""
         ranks = self.problem.ranks
-        if method != "tasp" or ranks == 1:  # one ring carries whole shards
-            return STRETCH
-        moved = self.comm.predicted_seconds(self.problem.wire_bytes, "rings")
-        if not moved:
-            return STRETCH
-        hides = self.operations / ranks / peak / (moved / (ranks - 1))
-        return min(max(hides - 1, STRETCH), _LONGEST)
+        return work * self.operations / ranks / peak / (moved / (ranks - 1))
 
 
 def seconds(model: Model, problem: Problem, compute: float) -> dict[str, float]:

@@ -91,7 +91,7 @@ def context_parallel_attention(
     if attn_mask is not None:
         _check_mask(comm, attn_mask, Task(partition, window, comm.rank))
     rate, peak = agreed.figures
-    call = choice.Call.of(comm, partition, window, query, key, Bits.of(kv_bits))
+    call = choice.Call.of(comm, partition, window, query, key, Bits.of(kv_bits), described["grad"] is True)
     name = call.method(rate) if method == "auto" else method
     return _attend(comm, partition, request, name, call.stretch(name, peak))
 

@@ -247,8 +247,8 @@ class Communicator:
 
         Step 0 brings this rank's own chunks, then n-1 steps the others'; reverse: in the opposite direction round
         each ring. Shards are cut by whole rows, at multiples of `align` where that makes no chunk longer by more than
-        `stretch` of its length (a link with a longer chunk takes longer). Axis 0
-        may differ by rank; empty chunks are left out.
+        `stretch` of its length (a link with a longer chunk takes longer). Axis 0 may differ by rank; empty chunks are
+        left out.
 
         `arrival.data` is all chunks of the step as one array, in the order of `arrival.chunks` (by source, then ring);
         where they do not lie together, as with "hierarchical", it is None. Read both only, and look at them before you

@@ -139,8 +139,8 @@ class Engine:
                     else:
                         watch.wait()
         except BaseException as error:
-            self.judge(error, operation)
-            raise
+            told = self.judge(error, operation)
+            raise told from told.__cause__
         finally:
             self._waiters.discard(me)
             with self._wake:
@@ -173,13 +173,13 @@ class Engine:
         """What to raise for an error; if it leaves messages in flight: no further use, and nothing is freed."""
         if isinstance(error, _HARMLESS) or self.broken:
             return error
-        self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier: {error!r}"
-        whose = _whose(operation)
+        whose = "" if _tells(error) else _whose(operation)
+        self.broken = f"this communicator cannot be used any more: {operation.name} failed earlier{whose}: {error!r}"
         lost = isinstance(error, PeerTimeoutError)
         self.farewell()
         self.transport.abandon(operation, list(self._queue), list(self._streams), lost=lost)
         self._fail_all(but=operation)
-        if isinstance(error, (CollectiveError, MemoryError)) or not isinstance(error, Exception):
+        if _tells(error):
             return error
         told = CollectiveError(f"{operation.name} failed in the {self.transport.name} transport{whose}: {error}")
         told.__cause__ = error
@@ -357,9 +357,13 @@ class Engine:
     def _look(self, head: Work) -> None:
         try:
             head.watch.look()
-        except CollectiveError as error:
-            self.judge(error, head.operation)
-            head.fail(error)
+        except Exception as error:
+            head.fail(self.judge(error, head.operation))
+
+
+def _tells(error: BaseException) -> bool:
+    """Whether an error says by itself what there is to know; else it is a library's."""
+    return isinstance(error, (CollectiveError, MemoryError)) or not isinstance(error, Exception)
 
 
 def _whose(operation: Operation) -> str:
@@ -368,7 +372,7 @@ def _whose(operation: Operation) -> str:
         peers, _ = operation.pending()
     except Exception:  # it asks the library, which may fail once more
         return ""
-    return f" while it waited for {name_ranks(sorted(peers))}" if peers else ""
+    return f" with messages of {name_ranks(sorted(peers))} under way" if peers else ""
 
 
 def _dead_links(alarms: Alarms) -> tuple[tuple[int, int], ...]:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tasp_coll
 from attention.choice import Call, peak_of, rate_of, seconds
 from attention.forecast import Problem
 from attention.kv_bits import Bits
-from attention.partition import Partition
+from attention.partition import STRETCH, Partition
 from loopback_ranks import attempt, on_ranks
 from tasp_coll import ArgumentError, Communicator
 
 
-def call(comm: Communicator, total: int, heads: int = 7, kv_bits: str | None = None) -> Call:
+def call(
+    comm: Communicator,
+    total: int,
+    heads: int = 7,
+    kv_bits: str | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    backward: bool = False,
+) -> Call:
     query = torch.empty(1, 1, 1, 1).expand(1, heads, total // comm.size, 64)
-    return Call.of(comm, Partition.of(total, comm.size, True), None, query, query, Bits.of(kv_bits))
+    return Call.of(comm, Partition.of(total, comm.size, causal), window, query, query, Bits.of(kv_bits), backward)
 
 
 def chosen(topology: str | None, rate: float, total: int = 1 << 18, heads: int = 7, kv_bits: str | None = None) -> str:
@@ -80,14 +89,23 @@ def test_chunks_are_longer_where_computing_hides_it(
 
 def test_chunks_are_longer_by_as_much_as_is_hidden() -> None:
     def body(comm: Communicator) -> tuple[float, ...]:
-        asked = call(comm, 1 << 12)
+        asked = call(comm, 1 << 18)
         moved = comm.predicted_seconds(asked.problem.wire_bytes, "rings")
         assert moved is not None
         peak = asked.operations / comm.size / (1.5 * moved / (comm.size - 1))  # computing a step takes half longer
-        return asked.stretch("tasp", peak), asked.stretch("tasp", 2 * peak)
+        found = [asked.stretch("tasp", peak / factor) for factor in (0.5, 0.99, 1.01, 2)]
+        others = call(comm, 1 << 18, causal=False), call(comm, 1 << 18, window=1 << 18)
+        found += [other.stretch("tasp", peak / 2) for other in others]
+        # Few bits forward, float32 backward.
+        bits = [call(comm, 1 << 18, kv_bits="dynamic:2", backward=backward) for backward in (False, True)]
+        return (*found, *(each.stretch("tasp", peak) for each in bits))
 
-    assert on_ranks(4, body, topology="full_mesh:4") == [pytest.approx((0.5, 0.05))] * 4
+    assert on_ranks(4, body, topology="full_mesh:4") == [(0.05, 0.25, 0.5, 1.0, 0.05, 0.05, 1.0, 0.05)] * 4
     assert on_ranks(1, lambda comm: call(comm, 8).stretch("tasp", 1.0)) == [0.05]
+
+
+def test_the_usual_stretch_is_that_of_streams() -> None:
+    assert STRETCH == tasp_coll.schedule.STRETCH
 
 
 def test_peaks_are_not_measured() -> None:

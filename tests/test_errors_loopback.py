@@ -577,8 +577,10 @@ def test_a_library_that_fails_without_saying_with_whom(method: str, monkeypatch:
         error = attempt(lambda: comm.decomposed_allgather(ones(9000), algorithm="rings"))
         assert isinstance(error, CollectiveError)
         assert isinstance(error.__cause__, RuntimeError)
-        said = "decomposed_allgather failed in the loopback transport while it waited for rank"
-        assert re.match(rf"{said}s? .*: see the field", str(error))
+        said = "decomposed_allgather failed in the loopback transport with messages of rank"
+        assert re.match(rf"{said}s? .* under way: see the field", str(error))
+        with pytest.raises(CollectiveError, match=r"failed earlier with messages of ranks? .* under way"):
+            comm.decomposed_allgather(ones(3))
         unusable(comm)
 
     silent(N, body, prepare)
