@@ -1,4 +1,5 @@
 """Which method is fastest here: the cost model's time for the links, the kernel's measured speed for the computation.
+And how unequal its chunks may be, by the same model and nominal speeds.
 
 Ranks must choose alike, so all of them go by rank 0's figure; the model gives the same on all.
 """
@@ -64,20 +65,12 @@ class Call:
 
     @classmethod
     def of(
-        cls,
-        comm: Any,
-        partition: Partition,
-        window: int | None,
-        query: Tensor,
-        key: Tensor,
-        bits: Bits | None,
-        backward: bool = False,
+        cls, comm: Any, partition: Partition, window: int | None, query: Tensor, key: Tensor, bits: Bits | None
     ) -> Call:
-        """query (B, H, L, D) and key (B, Hkv, L, D). backward: there will be one."""
+        """query (B, H, L, D) and key (B, Hkv, L, D)."""
         batch, heads, _, dim = query.shape
         problem = Problem(
             *(comm.size, partition.total, batch, heads, key.shape[1], dim, key.element_size(), partition.causal),
-            backward=backward,
             window=window,
             kv_bits=None if bits is None else bits.on_wire(dim),
         )
@@ -98,12 +91,12 @@ class Call:
         least = min(found.values())
         return next(method for method, taken in found.items() if taken <= least * _TIE)
 
-    def stretch(self, method: str, peak: float) -> float:
+    def stretch(self, method: str, peak: float, backward: bool) -> float:
         """What share of its length a chunk may be longer by, so that it begins where the kernel likes it.
 
         As far as computing surely hides the transfer, one of few shares, as plans are made for each. That decides in
         which order keys are added up, so it must be the same in every run: it goes by `peak_of`, not by a measured
-        speed.
+        speed. backward: that one's transfers must be hidden too.
         """
         problem = self.problem
         # One ring carries whole shards; under a window most pairs are a rank's own, and steps have little to compute.
@@ -113,7 +106,7 @@ class Call:
         if not keys:
             return STRETCH
         hides = self._hides(peak, 1.0, keys)
-        if problem.backward:
+        if backward:
             home = self.comm.predicted_seconds(problem.gradient_bytes, "rings", collective="reduce_scatter")
             hides = min(hides, self._hides(peak, BACKWARD, keys + (home or 0.0)))
         return max((share for share in _STRETCHES if share <= hides - 1), default=STRETCH)

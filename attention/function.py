@@ -91,9 +91,9 @@ def context_parallel_attention(
     if attn_mask is not None:
         _check_mask(comm, attn_mask, Task(partition, window, comm.rank))
     rate, peak = agreed.figures
-    call = choice.Call.of(comm, partition, window, query, key, Bits.of(kv_bits), described["grad"] is True)
+    call = choice.Call.of(comm, partition, window, query, key, Bits.of(kv_bits))
     name = call.method(rate) if method == "auto" else method
-    return _attend(comm, partition, request, name, call.stretch(name, peak))
+    return _attend(comm, partition, request, name, call.stretch(name, peak, described["grad"] is True))
 
 
 @dataclass(frozen=True)

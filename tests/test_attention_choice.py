@@ -21,10 +21,9 @@ def call(
     kv_bits: str | None = None,
     causal: bool = True,
     window: int | None = None,
-    backward: bool = False,
 ) -> Call:
     query = torch.empty(1, 1, 1, 1).expand(1, heads, total // comm.size, 64)
-    return Call.of(comm, Partition.of(total, comm.size, causal), window, query, query, Bits.of(kv_bits), backward)
+    return Call.of(comm, Partition.of(total, comm.size, causal), window, query, query, Bits.of(kv_bits))
 
 
 def chosen(topology: str | None, rate: float, total: int = 1 << 18, heads: int = 7, kv_bits: str | None = None) -> str:
@@ -83,7 +82,7 @@ def test_gathering_is_for_short_sequences() -> None:
 def test_chunks_are_longer_where_computing_hides_it(
     topology: str | None, method: str, peak: float, stretch: float
 ) -> None:
-    found = on_ranks(8, lambda comm: call(comm, 1 << 12).stretch(method, peak), topology=topology)
+    found = on_ranks(8, lambda comm: call(comm, 1 << 12).stretch(method, peak, False), topology=topology)
     assert found == [stretch] * 8
 
 
@@ -93,15 +92,15 @@ def test_chunks_are_longer_by_as_much_as_is_hidden() -> None:
         moved = comm.predicted_seconds(asked.problem.wire_bytes, "rings")
         assert moved is not None
         peak = asked.operations / comm.size / (1.5 * moved / (comm.size - 1))  # computing a step takes half longer
-        found = [asked.stretch("tasp", peak / factor) for factor in (0.5, 0.99, 1.01, 2)]
+        found = [asked.stretch("tasp", peak / factor, False) for factor in (0.5, 0.99, 1.01, 2)]
         others = call(comm, 1 << 18, causal=False), call(comm, 1 << 18, window=1 << 18)
-        found += [other.stretch("tasp", peak / 2) for other in others]
+        found += [other.stretch("tasp", peak / 2, False) for other in others]
         # Few bits forward, float32 backward.
-        bits = [call(comm, 1 << 18, kv_bits="dynamic:2", backward=backward) for backward in (False, True)]
-        return (*found, *(each.stretch("tasp", 2 * peak) for each in bits))
+        few = call(comm, 1 << 18, kv_bits="dynamic:2")
+        return (*found, *(few.stretch("tasp", 2 * peak, backward) for backward in (False, True)))
 
     assert on_ranks(4, body, topology="full_mesh:4") == [(0.05, 0.25, 0.5, 1.0, 0.05, 0.05, 1.0, 0.5)] * 4
-    assert on_ranks(1, lambda comm: call(comm, 8).stretch("tasp", 1.0)) == [0.05]
+    assert on_ranks(1, lambda comm: call(comm, 8).stretch("tasp", 1.0, True)) == [0.05]
 
 
 def test_the_usual_stretch_is_that_of_streams() -> None:
